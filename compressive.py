@@ -1,0 +1,585 @@
+# SPDX-License-Identifier: MIT
+"""The Compressive Transformer (Rae et al., 2019, arXiv 1911.05507) in one file.
+
+A Transformer-XL keeps each layer's past inputs as memory and forgets the oldest. Here the oldest
+are compressed instead: every c of them become one slot of a second, compressed memory, by a
+function f_c that each layer learns from a loss of its own.
+
+        forgotten <- [ compressed memory | memory | segment ] <- tokens
+                       N_cm slots    f_c <- N_m slots   T
+
+The file reads bottom-up, in the paper's order: notation, relative attention, compression
+functions, memory rule, compression losses, layer, model. In a training loop of your own:
+
+    model = CompressiveTransformer(Config(vocab_size=256))
+    memory = None                                       # None: empty memories, which grow
+    for tokens, targets in segments:                    # [B, T] each, every row a stream of text
+        logits, memory, compression_loss = model(tokens, memory)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        (loss + compression_loss).backward()            # they share no parameter: no weight needed
+        nn.utils.clip_grad_norm_(model.compression_parameters(), 1.0)   # clip apart: a joint norm
+        nn.utils.clip_grad_norm_(model.other_parameters(), 1.0)         # would couple the two
+        optimizer.step()
+        optimizer.zero_grad()
+
+Shapes, in the comments at line ends:
+    B  rows of the batch              T  tokens of the segment (the paper's n_s)
+    D  d_model, width of a slot       H  heads, each K = D / H wide
+    M  slots of memory held           C  slots of compressed memory held      S = C + M + T
+    c  compression rate               n  slots newly compressed in this step, from c*n memories
+Slots are ordered oldest first, everywhere.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------ notation
+
+
+def setting(default: object, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a model. One that cannot work raises ValueError here, where it is made."""
+
+    vocab_size: int = setting(256, "number of different tokens")
+    d_model: int = setting(128, "D, width of the residual stream and of every slot")
+    n_heads: int = setting(4, "H, attention heads of a layer")
+    n_layers: int = setting(4, "L, layers")
+    d_ff: int = setting(512, "width of the feed-forward's hidden layer")
+    mem_len: int = setting(64, "N_m, slots of memory that a layer keeps")
+    c_mem_len: int = setting(32, "N_cm, slots of compressed memory that a layer keeps")
+    compression_rate: int = setting(4, "c, memories that become one compressed slot")
+    compression: str = setting("conv", "f_c: conv, dilated_conv, most_used, mean_pool or max_pool")
+    compression_loss: str = setting("attention", "attention, autoencoding or none")
+    norm_first: bool = setting(True, "pre-norm, x + f(LN(x)); if not, post-norm, LN(x + f(x))")
+    dropout: float = setting(0.0, "of embeddings, attention weights and both branches of a layer")
+    bptt: bool = setting(False, "memories keep their graph: a later loss reaches f_c through them")
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+        for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "compression_rate"):
+            value = getattr(self, name)
+            need(type(value) is int and value >= 1, name, "an integer of at least 1")
+        for name in ("mem_len", "c_mem_len"):
+            value = getattr(self, name)
+            need(type(value) is int and value >= 0, name, "an integer of at least 0")
+        for name in ("norm_first", "bptt"):
+            need(type(getattr(self, name)) is bool, name, "True or False")
+        heads, rate = self.n_heads, self.compression_rate
+        need(self.d_model % heads == 0, "d_model", f"divisible by n_heads = {heads}")
+        need(self.d_model % 2 == 0, "d_model", "even (a sine and a cosine for each frequency)")
+        if self.c_mem_len > 0:  # an eviction takes up to c - 1 slots more than overflowed
+            need(self.mem_len >= rate - 1, "mem_len", f"at least compression_rate - 1 = {rate - 1}")
+        need(self.compression in COMPRESSIONS, "compression", f"one of {', '.join(COMPRESSIONS)}")
+        names = ", ".join(COMPRESSION_LOSSES)
+        need(self.compression_loss in COMPRESSION_LOSSES, "compression_loss", f"one of {names}")
+        number = type(self.dropout) in (int, float)
+        need(number and 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
+
+
+class Memory(NamedTuple):
+    """What the layers remember: for each layer one tensor `[B, slots, D]`, oldest slot first."""
+
+    mem: tuple[Tensor, ...]
+    c_mem: tuple[Tensor, ...]
+
+    def detach(self) -> "Memory":
+        """The same memory cut off from the graph that made it (of use with `Config.bptt`)."""
+        return Memory(*(tuple(slots.detach() for slots in layers) for layers in self))
+
+
+class Output(NamedTuple):
+    """What one step returns: `logits [B, T, vocab_size]`, the memory to hand to the next step, and
+    the compression loss, a scalar averaged over layers (zero when nothing was compressed)."""
+
+    logits: Tensor
+    memory: Memory
+    compression_loss: Tensor
+
+
+# --------------------------------------------------------------------------- relative attention
+
+
+def sinusoid(distance: Tensor, d_model: int) -> Tensor:
+    """R, the encoding of distances: `[N] -> [N, D]`, sines first, then cosines (Transformer-XL,
+    section 3.3). Computed for the lengths at hand, so that no length is built in."""
+    i = torch.arange(0, d_model, 2, dtype=distance.dtype, device=distance.device)
+    angle = distance[:, None] * 10000 ** (-i / d_model)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def relative_shift(scores: Tensor) -> Tensor:
+    """Line the scores by distance up with the slots: `[..., T, S + 1] -> [..., T, S]`, no copy.
+
+    Column p comes in as distance S - 1 - p, the last one (distance -1) as padding. Query t needs
+    distance 0 in column S - T + t: row t moves left by T - 1 - t. Read on from the first row's
+    shift with rows one shorter, and every row starts one further right than the row above. T = 3,
+    S = 4, digits for distances:
+
+        3 2 1 0 .        1 0 . 3      What follows a distance 0 is rubbish (the padding, then the
+        3 2 1 0 .   ->   2 1 0 .      next row), and harmless: there stand the tokens after t,
+        3 2 1 0 .        3 2 1 0      which the causal mask hides.
+    """
+    T, S = scores.size(-2), scores.size(-1) - 1
+    return scores.flatten(-2)[..., T - 1 : T - 1 + T * S].unflatten(-1, (T, S))
+
+
+class RelativeMultiHeadAttention(nn.Module):
+    """Causal attention over memory and segment with relative positions (Transformer-XL, sec. 3.3):
+
+    score(t, j) = [ (q_t + u) . k_j  +  (q_t + v) . W_R R_(t-j) ] / sqrt(K)
+    """
+
+    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.n_heads, self.dropout = n_heads, dropout
+        self.query = nn.Linear(d_model, d_model, bias=False)
+        self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
+        self.relative_key = nn.Linear(d_model, d_model, bias=False)  # W_R
+        self.content_bias = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))  # u
+        self.position_bias = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))  # v
+        self.output = nn.Linear(d_model, d_model, bias=False)
+
+    def heads(self, x: Tensor, parts: int = 1) -> Tensor:
+        """`[B, N, parts*D] -> [parts, H*B, N, K]`. Heads come before rows: one matrix product for
+        each head then takes all rows to what they share, W_R R."""
+        return x.unflatten(-1, (parts, self.n_heads, -1)).permute(2, 3, 0, 1, 4).flatten(1, 2)
+
+    def forward(self, x: Tensor, memory: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend from `x [B, T, D]` to `memory [B, C + M, D]` and to x itself up to one's own
+        position; `positions [S, D]` is the `sinusoid` of the distances S - 1, ..., 0.
+
+        Returns the output `[B, T, D]` and the attention weights `[B, H, T, S]`.
+        """
+        (B, T, D), H, S = x.shape, self.n_heads, memory.size(1) + x.size(1)
+        if positions.shape != (S, D):
+            raise ValueError(f"positions must be [{S}, {D}], got {list(positions.shape)}")
+        scale = (D // H) ** -0.5
+        q = (self.heads(self.query(x)) * scale).view(H, B * T, -1)
+        # The memory needs no gradient: a product of its own, not one over [memory, x], saves it.
+        kv = torch.cat([self.key_value(memory), self.key_value(x)], dim=1)  # [B, S, 2*D]
+        k, v = self.heads(kv, parts=2)  # [H*B, S, K] each
+        r = F.pad(self.relative_key(positions), (0, 0, 0, 1))  # a row for relative_shift to waste
+        r = self.heads(r[None]).squeeze(0)  # [H, S + 1, K]
+
+        by_content = (q + scale * self.content_bias[:, None]).view(H * B, T, -1)
+        by_distance = torch.bmm(q + scale * self.position_bias[:, None], r.mT)  # [H, B*T, S + 1]
+        by_distance = relative_shift(by_distance.view(H * B, T, S + 1))
+        scores = torch.baddbmm(by_distance, by_content, k.mT)  # [H*B, T, S]
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        with torch.no_grad():  # in place, unseen by autograd: softmax sends no gradient there
+            scores[..., S - T :].masked_fill_(future, -math.inf)
+        weights = scores.softmax(dim=-1)
+        mixed = torch.bmm(F.dropout(weights, self.dropout, self.training), v)  # [H*B, T, K]
+        mixed = mixed.view(H, B, T, -1).permute(1, 2, 0, 3).flatten(2)  # [B, T, D]
+        return self.output(mixed), weights.view(H, B, T, S).transpose(0, 1)
+
+    def content(self, x: Tensor, slots: Tensor) -> Tensor:
+        """The attention that Algorithm 2 compares: of `x [B, T, D]` over `slots [B, N, D]`, by
+        content alone, without mask, dropout or output projection, and with the parameters held
+        constant. Returns `[H*B, T, K]`."""
+        (q,) = self.heads(F.linear(x, self.query.weight.detach()))
+        k, v = self.heads(F.linear(slots, self.key_value.weight.detach()), parts=2)
+        scores = torch.bmm(q * q.size(-1) ** -0.5, k.mT)  # [H*B, T, N]
+        return torch.bmm(scores.softmax(dim=-1), v)
+
+
+# ------------------------------------------------------------- compression functions (section 3)
+
+
+class Compression(nn.Module):
+    """Base of the compression functions f_c: `[B, c*n, D] -> [B, n, D]` for any n >= 0."""
+
+    def __init__(self, d_model: int, compression_rate: int) -> None:
+        super().__init__()
+        self.d_model, self.compression_rate = d_model, compression_rate
+
+    def blocks(self, old: Tensor) -> Tensor:
+        """`[B, c*n, D] -> [B, n, c, D]`: the c memories that become one slot."""
+        c, D = self.compression_rate, self.d_model
+        if old.dim() != 3 or old.size(1) % c or old.size(2) != D:
+            raise ValueError(f"old must be [B, a multiple of {c}, {D}], got {list(old.shape)}")
+        return old.unflatten(1, (old.size(1) // c, c))
+
+
+class MeanPoolCompression(Compression):
+    """The mean of c memories: `[B, c*n, D] -> [B, n, D]`."""
+
+    def forward(self, old: Tensor) -> Tensor:
+        return self.blocks(old).mean(dim=2)
+
+
+class MaxPoolCompression(Compression):
+    """The largest of c memories, feature by feature: `[B, c*n, D] -> [B, n, D]`."""
+
+    def forward(self, old: Tensor) -> Tensor:
+        return self.blocks(old).amax(dim=2)
+
+
+class Conv1dCompression(Compression):
+    """A convolution of kernel and stride c, no bias: `[B, c*n, D] -> [B, n, D]`. With the stride as
+    wide as the kernel, that is one linear map of c memories laid end to end."""
+
+    def __init__(self, d_model: int, compression_rate: int) -> None:
+        super().__init__(d_model, compression_rate)
+        self.conv = nn.Linear(compression_rate * d_model, d_model, bias=False)
+
+    def forward(self, old: Tensor) -> Tensor:
+        return self.conv(self.blocks(old).flatten(2))
+
+
+class DilatedConvCompression(Conv1dCompression):
+    """Convolutions of kernel 2 and dilations 1, 2, 4, each with ReLU, then `Conv1dCompression`:
+    `[B, c*n, D] -> [B, n, D]`. A memory is convolved with older ones; zeros stand before the
+    oldest, so that no slot is lost at the edge."""
+
+    def __init__(self, d_model: int, compression_rate: int) -> None:
+        super().__init__(d_model, compression_rate)
+        self.dilations = 1, 2, 4
+        maps = (nn.Linear(2 * d_model, d_model, bias=False) for _ in self.dilations)
+        self.dilated = nn.ModuleList(maps)
+
+    def forward(self, old: Tensor) -> Tensor:
+        for dilation, conv in zip(self.dilations, self.dilated, strict=False):
+            older = F.pad(old, (0, 0, dilation, 0))[:, : old.size(1)]
+            old = F.relu(conv(torch.cat([older, old], dim=-1)))
+        return super().forward(old)
+
+
+class MostUsedCompression(Compression):
+    """Keep the n of c*n memories that were attended to most, in their order: `old [B, c*n, D]`,
+    `usage [B, c*n or more] -> [B, n, D]`. Of equally used memories the older stays."""
+
+    def forward(self, old: Tensor, usage: Tensor) -> Tensor:
+        n = self.blocks(old).size(1)
+        if usage.dim() != 2 or len(usage) != len(old) or usage.size(1) < old.size(1):
+            expected = f"[{len(old)}, {old.size(1)} or more]"
+            raise ValueError(f"usage must be {expected}, got {list(usage.shape)}")
+        order = usage[:, : old.size(1)].argsort(dim=1, descending=True, stable=True)
+        kept = order[:, :n].sort(dim=1).values  # [B, n]
+        return old.take_along_dim(kept[..., None], dim=1)
+
+    @staticmethod
+    def usage(weights: Tensor, slots: int) -> Tensor:
+        """The attention that each of the newest slots received, averaged over the heads and over
+        the queries that saw it: `weights [B, H, T, S] -> [B, slots]`."""
+        T = weights.size(2)
+        received = weights[..., weights.size(3) - slots :].mean(dim=1).sum(dim=1)  # [B, slots]
+        seen_by = torch.arange(slots, 0, -1, device=weights.device).clamp(
+            max=T
+        )  # T, ..., T, ..., 1
+        return received / seen_by
+
+
+COMPRESSIONS = {
+    "conv": Conv1dCompression,
+    "dilated_conv": DilatedConvCompression,
+    "most_used": MostUsedCompression,
+    "mean_pool": MeanPoolCompression,
+    "max_pool": MaxPoolCompression,
+}
+
+# ---------------------------------------------------------------------- memory rule (Algorithm 1)
+
+
+class MemoryUpdate(NamedTuple):
+    """What `update_memory` returns: a layer's memories after the step, the memories that left
+    `[B, c*n, D]`, and the slots that they became `[B, n, D]`."""
+
+    mem: Tensor
+    c_mem: Tensor
+    old: Tensor
+    compressed: Tensor
+
+
+def update_memory(
+    mem: Tensor,
+    c_mem: Tensor,
+    h: Tensor,
+    compress: Callable[[Tensor], Tensor],
+    *,
+    mem_len: int,
+    c_mem_len: int,
+    compression_rate: int,
+) -> MemoryUpdate:
+    """One layer's memories after a step (Algorithm 1, lines 8 to 13).
+
+    `h [B, T, D]` joins `mem [B, M, D]`. If more than mem_len slots are then held, the oldest leave,
+    c at a time, until at most mem_len are left: n = ceil(overflow / c) times. Each c become one
+    slot through `compress` and join `c_mem [B, C, D]`, of which the newest c_mem_len stay. With
+    c_mem_len = 0 nothing is compressed and exactly the overflow is dropped. With mem_len = 4,
+    c = 2, letters for memories and pairs in brackets for compressed slots:
+
+        mem  c d e f   c_mem  (ab)   h  g h i
+          -> 7 held, 3 too many, n = 2, so c d e f leave:  mem  g h i   c_mem  (ab) (cd) (ef)
+
+    The arguments are not changed and nothing is detached.
+    """
+    held = torch.cat([mem, h], dim=1)  # [B, M + T, D]
+    overflow = max(0, held.size(1) - mem_len)
+    n = -(-overflow // compression_rate) if c_mem_len > 0 else 0
+    old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]
+    compressed = compress(old) if n > 0 else old
+    c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)
+    return MemoryUpdate(mem, c_mem[:, max(0, c_mem.size(1) - c_mem_len) :], old, compressed)
+
+
+# ---------------------------------------------------------------- compression losses (section 3.1)
+
+
+def attention_reconstruction_loss(
+    attention: RelativeMultiHeadAttention, h: Tensor, old: Tensor, compressed: Tensor
+) -> Tensor:
+    """How far attention over the compressed slots is from attention over the memories that they
+    stand for (Algorithm 2), as a mean square: `h [B, T, D]`, `old [B, c*n, D]`,
+    `compressed [B, n, D] -> []`. Only `compressed` carries a gradient; zero if there is no slot."""
+    if old.size(1) == 0:
+        return h.new_zeros(())
+    with torch.no_grad():
+        target = attention.content(h, old)
+    return F.mse_loss(attention.content(h.detach(), compressed), target)
+
+
+class Decompression(nn.Module):
+    """g of the auto-encoding loss, a transposed convolution of kernel and stride c without bias:
+    `[B, n, D] -> [B, c*n, D]`."""
+
+    def __init__(self, d_model: int, compression_rate: int) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.conv = nn.Linear(d_model, compression_rate * d_model, bias=False)
+
+    def forward(self, compressed: Tensor) -> Tensor:
+        return self.conv(compressed).unflatten(-1, (-1, self.d_model)).flatten(1, 2)
+
+
+def autoencoding_loss(
+    decompress: Callable[[Tensor], Tensor], old: Tensor, compressed: Tensor
+) -> Tensor:
+    """How far the memories read back from their compressed slots are from what they were, as a mean
+    square: `old [B, c*n, D]`, `compressed [B, n, D] -> []`. `old` is held constant; zero if there
+    is no slot."""
+    if old.size(1) == 0:
+        return old.new_zeros(())
+    return F.mse_loss(decompress(compressed), old.detach())
+
+
+COMPRESSION_LOSSES = "attention", "autoencoding", "none"
+
+# ------------------------------------------------------------------------------------------ layer
+
+
+class CompressiveTransformerLayer(nn.Module):
+    """Attention over both memories, feed-forward, and the layer's own memory (Algorithm 1, one
+    turn of the loop over layers). Pre-norm by default, the paper's post-norm by `norm_first=False`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, D, c = config, config.d_model, config.compression_rate
+        self.attention = RelativeMultiHeadAttention(D, config.n_heads, config.dropout)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(D, config.d_ff), nn.ReLU(), nn.Linear(config.d_ff, D)
+        )
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.dropout = nn.Dropout(config.dropout)
+        self.compress = COMPRESSIONS[config.compression](D, c)  # f_c
+        self.decompress = None  # g
+        if config.compression_loss == "autoencoding" and any(
+            True for _ in self.compress.parameters()
+        ):
+            self.decompress = Decompression(D, c)
+
+    def forward(
+        self, h: Tensor, mem: Tensor, c_mem: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`h [B, T, D]`, `mem [B, M, D]`, `c_mem [B, C, D]` and `positions [S, D]` (see attention)
+        -> the next h, mem and c_mem, and the compression loss, a scalar."""
+        pre_norm = self.config.norm_first
+        x = self.attention_norm(h) if pre_norm else h  # what attention reads is what memory keeps
+        a, weights = self.attention(x, torch.cat([c_mem, mem], dim=1), positions)
+        h = h + self.dropout(a)
+        h = h if pre_norm else self.attention_norm(h)
+        h = h + self.dropout(self.feed_forward(self.feed_forward_norm(h) if pre_norm else h))
+        h = h if pre_norm else self.feed_forward_norm(h)
+        return h, *self.remember(x, mem, c_mem, weights)
+
+    def remember(
+        self, x: Tensor, mem: Tensor, c_mem: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The memories after the step, and the compression loss."""
+        config, compress = self.config, self.compress
+        if isinstance(compress, MostUsedCompression):
+            compress = partial(compress, usage=compress.usage(weights, mem.size(1) + x.size(1)))
+        if not config.bptt:
+            x, mem, c_mem = x.detach(), mem.detach(), c_mem.detach()
+        mem, c_mem, old, compressed = update_memory(
+            mem,
+            c_mem,
+            x,
+            compress,
+            mem_len=config.mem_len,
+            c_mem_len=config.c_mem_len,
+            compression_rate=config.compression_rate,
+        )
+        loss = x.new_zeros(())
+        trained = any(True for _ in self.compress.parameters())
+        if trained and old.size(1) > 0 and config.compression_loss != "none":
+            if config.bptt:  # the loss trains f_c alone, not what made the memories
+                old = old.detach()
+                compressed = compress(old)
+            if config.compression_loss == "attention":
+                loss = attention_reconstruction_loss(self.attention, x, old, compressed)
+            else:
+                loss = autoencoding_loss(self.decompress, old, compressed)
+        return mem, c_mem if config.bptt else c_mem.detach(), loss
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+class CompressiveTransformer(nn.Module):
+    """The language model: embedding, layers, (pre-norm) a last normalisation, and logits.
+
+    The memory is the caller's: `forward` takes one and returns the next, changing nothing in place.
+    Keep it, drop it (None starts afresh), or store it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            CompressiveTransformerLayer(config) for _ in range(config.n_layers)
+        )
+        self.norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()
+        self.logits = nn.Linear(config.d_model, config.vocab_size)
+
+    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters that the language-model loss trains, and those that the compression loss
+        trains. Clip their gradients apart: a joint norm lets either scale the other down."""
+        compression = [
+            parameter
+            for layer in self.layers
+            for module in (layer.compress, layer.decompress)
+            if module is not None
+            for parameter in module.parameters()
+        ]
+        theirs = set(compression)
+        return [p for p in self.parameters() if p not in theirs], compression
+
+    def initial_memory(self, batch_size: int) -> Memory:
+        """Empty memories `[B, 0, D]`; they grow to mem_len and c_mem_len slots."""
+        empty = self.embedding.weight.new_zeros(batch_size, 0, self.config.d_model)
+        return Memory(*((empty,) * self.config.n_layers for _ in range(2)))
+
+    def forward(self, tokens: Tensor, memory: Memory | None = None) -> Output:
+        """One segment: `tokens [B, T]` (int64 or int32) and the memory that the segment before
+        returned (None: empty) -> `Output(logits [B, T, vocab_size], memory, compression_loss)`.
+
+        T may differ from call to call. Raises TypeError or ValueError for what does not fit,
+        except for tokens out of range on an accelerator, where looking would make it wait:
+        there the embedding's own check stops the program.
+        """
+        self._check(tokens, memory)
+        memory = self.initial_memory(tokens.size(0)) if memory is None else Memory(*memory)
+        h = self.dropout(self.embedding(tokens))
+        S = tokens.size(1) + memory.mem[0].size(1) + memory.c_mem[0].size(1)
+        dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 cannot count to 257
+        distance = torch.arange(S - 1, -1, -1, dtype=dtype, device=h.device)
+        positions = sinusoid(distance, self.config.d_model).to(h.dtype)
+        mems, c_mems, losses = [], [], []
+        for layer, mem, c_mem in zip(self.layers, *memory, strict=False):
+            h, mem, c_mem, loss = layer(h, mem, c_mem, positions)
+            mems.append(mem)
+            c_mems.append(c_mem)
+            losses.append(loss)
+        logits = self.logits(self.norm(h))
+        return Output(logits, Memory(tuple(mems), tuple(c_mems)), torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        memory: Memory | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue `prompt [B, T]`, T >= 1, by sampling: `-> [B, T + max_new_tokens]`.
+
+        Every token is fed once: the prompt in long segments, then one new token a step, with the
+        memory carried on as in training (a model without memory is fed the growing text instead).
+        temperature 0 takes the likeliest token; top_k samples among the k likeliest. `memory`
+        is what stood before the prompt. Dropout is as the module's mode says: call `eval()` first.
+        """
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
+        self._check(prompt, memory)
+        tokens, segments = prompt, prompt.split(max(self.config.mem_len, 512), dim=1)
+        for _ in range(max_new_tokens):
+            for segment in segments:
+                logits, memory, _ = self(segment, memory)
+            logits = logits[:, -1].float()  # [B, vocab_size]
+            if top_k is not None and top_k < logits.size(-1):
+                least = logits.topk(top_k).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -math.inf)
+            if temperature == 0:
+                new = logits.argmax(dim=-1, keepdim=True)
+            else:
+                new = (logits / temperature).softmax(dim=-1)
+                new = torch.multinomial(new, 1, generator=generator)
+            tokens = torch.cat([tokens, new.to(tokens.dtype)], dim=1)
+            remembers = self.config.mem_len + self.config.c_mem_len > 0
+            segments = (new if remembers else tokens,)
+        return tokens
+
+    def _check(self, tokens: Tensor, memory: Memory | None) -> None:
+        """Raise for tokens and memories that do not fit the model or each other."""
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens must be torch.int64 or torch.int32, got {tokens.dtype}")
+        if tokens.dim() != 2 or tokens.numel() == 0:
+            raise ValueError(f"tokens must be [B, T], both at least 1, got {list(tokens.shape)}")
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(x) for x in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                came = low if low < 0 else high
+                raise ValueError(f"tokens must lie in [0, {self.config.vocab_size}), got {came}")
+        if memory is None:
+            return
+        like, L = self.embedding.weight, self.config.n_layers
+        if not isinstance(memory, tuple) or len(memory) != 2:
+            raise TypeError(f"memory must be a Memory(mem, c_mem) or None, got {type(memory)}")
+        for name, layers in zip(Memory._fields, memory, strict=False):
+            if len(layers) != L:
+                raise ValueError(f"memory.{name} must have {L} layers, got {len(layers)}")
+            for i, slots in enumerate(layers):
+                where, shape = f"memory.{name}[{i}]", list(slots.shape)
+                expected = [tokens.size(0), layers[0].size(1), like.size(1)]
+                if shape != expected:
+                    raise ValueError(f"{where} must be [B, slots, D] = {expected}, got {shape}")
+                for what in ("dtype", "device"):
+                    if getattr(slots, what) != getattr(like, what):
+                        wanted, came = getattr(like, what), getattr(slots, what)
+                        error = TypeError if what == "dtype" else ValueError
+                        raise error(f"{where} must have {what} {wanted}, got {came}")
