@@ -17,8 +17,8 @@ functions, memory rule, compression losses, layer, model. In a training loop of 
         logits, memory, compression_loss = model(tokens, memory)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         (loss + compression_loss).backward()            # they share no parameter: no weight needed
-        nn.utils.clip_grad_norm_(model.compression_parameters(), 1.0)   # clip apart: a joint norm
-        nn.utils.clip_grad_norm_(model.other_parameters(), 1.0)         # would couple the two
+        for group in model.parameter_groups():          # clip apart: a joint norm lets the larger
+            nn.utils.clip_grad_norm_(group, 1.0)        # gradient scale the other down
         optimizer.step()
         optimizer.zero_grad()
 

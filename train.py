@@ -297,7 +297,7 @@ def train(args: argparse.Namespace) -> str:
     sampler = torch.Generator(device).manual_seed(args.seed)
     model.eval()
     with autocast:
-        sample = model.generate(prompt, 500, temperature=0.8, generator=sampler)[0]
+        sample = model.generate(prompt, args.sample, temperature=0.8, generator=sampler)[0]
     new = sample[prompt.size(1) :]
     print(f"\n--- prompt (held-out text)\n{readable(prompt[0])}")
     print(f"--- continuation\n{readable(new)}\n---")
@@ -357,6 +357,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--segment", type=number(int, 1), default=64, help="tokens of a row in a segment")
     add("--unroll", type=number(int, 1), default=1, help="segments in an optimiser step")
     add("--lr", type=number(float, 0), default=3e-3, help="peak learning rate of AdamW")
+    add("--sample", type=number(int, 0), default=500, help="bytes of the sample at the end")
     add("--seed", type=number(int, 0), default=0, help="of the weights, dropout and the sample")
     model = parser.add_argument_group("the model")
     for field in MODEL_SETTINGS:

@@ -1,0 +1,303 @@
+"""What compressive.py promises beyond the rules: generation, every combination of settings, torch's
+own tools, and its parts used alone."""
+
+import copy
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from adapter import Reference, Settings, Slots
+from hypothesis import given
+from hypothesis import strategies as st
+from support import COMPRESSIONS, build, filled, run, settings, tokens
+
+reference = Reference()
+api = reference.module
+SMALL = Settings(mem_len=5)
+
+
+def make(**changes) -> torch.nn.Module:
+    return build(reference, SMALL._replace(**changes))
+
+
+# ---------------------------------------------------------------------------------- generation
+
+
+@given(settings=settings(), T=st.integers(1, 12), new=st.integers(0, 6), given_memory=st.booleans())
+def test_generate_feeds_every_token_once(settings, T, new, given_memory):
+    """Greedy generation is the loop that everyone would write with forward."""
+    model, prompt = build(reference, settings), tokens(settings, 2, T)
+    start = filled(reference, model, settings) if given_memory else None
+    found = model.generate(prompt, new, temperature=0, memory=start)
+    remembers = settings.mem_len + settings.c_mem_len > 0
+    expected, feed, memory = prompt, prompt, start
+    for _ in range(new):
+        step = model(feed, memory)
+        best = step.logits[:, -1:].argmax(dim=-1)
+        expected = torch.cat([expected, best], dim=1)
+        feed, memory = (best, step.memory) if remembers else (expected, start)
+    assert torch.equal(found, expected)
+
+
+def test_generate_splits_a_long_prompt():
+    model = make(n_layers=1)
+    prompt = tokens(SMALL, 1, 1100)
+    memory = None
+    for segment in prompt.split(512, dim=1):
+        step = model(segment, memory)
+        memory = step.memory
+    best = step.logits[:, -1:].argmax(dim=-1)
+    assert torch.equal(model.generate(prompt, 1, temperature=0)[:, -1:], best)
+
+
+def test_generate_samples_from_the_softmax_at_the_temperature():
+    model, prompt = make(), tokens(SMALL, 1, 3).expand(4000, 3)
+    generator = torch.Generator().manual_seed(0)
+    for temperature, top_k in ((1.0, None), (0.5, None), (2.0, 3), (1.0, 100)):
+        sample = model.generate(
+            prompt, 1, temperature=temperature, top_k=top_k, generator=generator
+        )
+        logits = model(prompt[:1]).logits[0, -1]
+        kept = logits.topk(min(top_k or 11, 11)).indices
+        expected = torch.zeros(11)
+        expected[kept] = (logits[kept] / temperature).softmax(dim=0)
+        found = sample[:, -1].bincount(minlength=11) / 4000
+        assert (found - expected).abs().max() < 0.03
+        assert found[expected == 0].count_nonzero() == 0
+
+
+def test_generate_repeats_itself_with_the_same_generator():
+    model, prompt = make(), tokens(SMALL, 2, 3)
+    first, second, other = (
+        model.generate(prompt, 20, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert not first.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_tokens_keep_their_dtype(dtype):
+    model, prompt = make(), tokens(SMALL, 2, 3).to(dtype)
+    assert model.generate(prompt, 2).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
+        ({"max_new_tokens": 1, "temperature": -0.5}, "temperature must be at least 0, got -0.5"),
+        ({"max_new_tokens": 1, "top_k": 0}, "top_k must be at least 1 or None, got 0"),
+    ],
+)
+def test_generate_refuses_what_cannot_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        make().generate(tokens(SMALL, 1, 2), **options)
+
+
+def test_generate_refuses_a_wrong_prompt():
+    with pytest.raises(ValueError, match=r"tokens must be \[B, T\]"):
+        make().generate(torch.zeros(3, dtype=torch.int64), 0)
+
+
+# ---------------------------------------------------------------------- every setting, every tool
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_every_combination_trains(name):
+    choices = ("attention", "autoencoding", "none"), (True, False), (True, False), (0.0, 0.1)
+    for loss, norm_first, bptt, dropout in itertools.product(*choices):
+        torch.manual_seed(0)
+        model = reference.build(
+            SMALL._replace(
+                compression=name,
+                compression_loss=loss,
+                norm_first=norm_first,
+                bptt=bptt,
+                dropout=dropout,
+            )
+        )
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        text, losses = tokens(SMALL, 2, 16), []
+        for _ in range(10):
+            total, memory = 0.0, None
+            for segment in text.split(8, dim=1):
+                logits, memory, compression_loss = model(segment, memory)
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), segment[:, 1:].flatten())
+                total = total + loss + compression_loss
+            total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(total.item())
+        assert losses[-1] < 0.9 * losses[0]
+
+
+def test_dropout_drops_in_training_alone():
+    model = make(dropout=0.5)
+    text = tokens(SMALL, 2, 6)
+    assert torch.equal(model(text).logits, model(text).logits)
+    model.train()
+    assert not torch.equal(model(text).logits, model(text).logits)
+
+
+def test_attention_weights_drop_out():
+    attention = api.RelativeMultiHeadAttention(8, 2, dropout=0.5).double()
+    x, positions = torch.randn(2, 3, 8), reference.sinusoid(3, 8)
+    memory = x[:, :0]
+    outputs = [attention(x, memory, positions) for _ in range(2)]
+    assert torch.equal(outputs[0][1], outputs[1][1])  # the weights handed out are whole
+    assert not torch.equal(outputs[0][0], outputs[1][0])
+    attention.eval()
+    assert torch.equal(attention(x, memory, positions)[0], attention(x, memory, positions)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_other_dtypes_follow_float64(name, dtype):
+    model = make(compression=name, compression_loss="autoencoding")
+    model.requires_grad_(False)
+    text = tokens(SMALL, 2, 30)
+    expected = run(reference, model, text, [7, 8, 15])
+    low = copy.deepcopy(model).to(dtype)
+    found = run(reference, low, text, [7, 8, 15])
+    bound = 0.3 if dtype == torch.bfloat16 else 1e-4
+    for step, exact in zip(found, expected, strict=True):
+        assert step.logits.dtype == step.loss.dtype == dtype
+        error = (step.logits.double() - exact.logits).std() / exact.logits.std()
+        assert error < bound
+        for layer in reference.read(step.state):
+            assert layer.mem.dtype == layer.c_mem.dtype == dtype
+
+
+def test_autocast_keeps_memories_in_the_parameters_dtype():
+    model = make().float().train()
+    text = tokens(SMALL, 2, 24)
+    memory = None
+    for segment in text.split(8, dim=1):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, memory, loss = model(segment, memory)
+        assert logits.dtype == torch.bfloat16
+        (F.cross_entropy(logits.float().flatten(0, 1), segment.flatten()) + loss).backward()
+        for layer in reference.read(memory):
+            assert layer.mem.dtype == layer.c_mem.dtype == torch.float32
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_deepcopy_and_state_dict_after_a_step():
+    model, text = make(), tokens(SMALL, 2, 16)
+    first = model(text[:, :8])
+    (first.logits.sum() + first.compression_loss).backward()
+    for other in (copy.deepcopy(model), make(n_layers=2)):
+        other.load_state_dict(model.state_dict())
+        step = other(text[:, 8:], first.memory)
+        assert torch.equal(step.logits, model(text[:, 8:], first.memory).logits)
+
+
+def test_torch_compile_changes_nothing():
+    model = make(compression="most_used")
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    text, memory, other = tokens(SMALL, 2, 24), None, None
+    for segment in text.split(8, dim=1):
+        step, same = model(segment, memory), compiled(segment, other)
+        torch.testing.assert_close(same.logits, step.logits, rtol=0, atol=1e-10)
+        memory, other = step.memory, same.memory
+
+
+# ------------------------------------------------------------------------------- parts used alone
+
+
+def test_a_memory_of_bptt_is_detached_by_its_own_method():
+    model = make(bptt=True)
+    memory = run(reference, model, tokens(SMALL, 2, 16), [8, 8])[1].state
+    assert all(slots.requires_grad for layers in memory for slots in layers)
+    detached = memory.detach()
+    for layers, others in zip(memory, detached, strict=True):
+        for slots, other in zip(layers, others, strict=True):
+            assert torch.equal(slots, other) and not other.requires_grad
+
+
+def test_a_longer_memory_than_the_settings_name_shrinks_at_once():
+    model = make(mem_len=3, c_mem_len=2)
+    full = [Slots(torch.randn(1, 9, 8), torch.randn(1, 9, 8)) for _ in range(2)]
+    step = reference.step(model, tokens(SMALL, 1, 1), reference.replace(None, full))
+    for before, after in zip(full, reference.read(step.state), strict=True):
+        assert (after.mem.size(1), after.c_mem.size(1)) == (2, 2)
+        assert torch.equal(after.mem[:, :1], before.mem[:, -1:])
+
+
+def test_update_memory_shows_the_example_of_its_docstring():
+    letters = [
+        torch.tensor([[[float(ord(x))]] for x in word]).view(1, -1, 1)
+        for word in ("cdef", "a", "ghi")
+    ]
+    pool = api.MeanPoolCompression(1, 2)
+    update = api.update_memory(*letters, pool, mem_len=4, c_mem_len=9, compression_rate=2)
+    assert [chr(int(x)) for x in update.mem.flatten()] == ["g", "h", "i"]
+    assert [chr(int(x)) for x in update.old.flatten()] == ["c", "d", "e", "f"]
+    assert update.compressed.flatten().tolist() == [ord("c") + 0.5, ord("e") + 0.5]
+    assert update.c_mem.flatten().tolist() == [ord("a"), ord("c") + 0.5, ord("e") + 0.5]
+
+
+def test_parts_refuse_what_does_not_fit():
+    conv, used = api.Conv1dCompression(8, 3), api.MostUsedCompression(8, 3)
+    for shape in ([2, 7, 8], [2, 6, 7], [6, 8]):
+        with pytest.raises(ValueError, match=r"old must be \[B, a multiple of 3, 8\], got"):
+            conv(torch.zeros(shape))
+    for shape in ([2, 5], [3, 6], [2, 6, 1]):
+        with pytest.raises(ValueError, match=r"usage must be \[2, 6 or more\], got"):
+            used(torch.zeros(2, 6, 8), torch.zeros(shape))
+    attention = api.RelativeMultiHeadAttention(8, 2)
+    with pytest.raises(ValueError, match=r"positions must be \[5, 8\], got \[4, 8\]"):
+        attention(torch.zeros(2, 3, 8), torch.zeros(2, 2, 8), torch.zeros(4, 8))
+    with pytest.raises(TypeError, match=r"memory must be a Memory\(mem, c_mem\)"):
+        make()(tokens(SMALL, 2, 3), [torch.zeros(2, 4, 8)])
+
+
+def test_losses_alone_train_the_compressed_slots_alone():
+    attention = api.RelativeMultiHeadAttention(8, 2).double()
+    decompress = api.Decompression(8, 2).double()
+    h, old, new = (torch.randn(2, n, 8, requires_grad=True) for n in (3, 4, 2))
+    api.attention_reconstruction_loss(attention, h, old, new).backward()
+    assert h.grad is None and old.grad is None and new.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in attention.parameters())
+    api.autoencoding_loss(decompress, old, new).backward()
+    assert old.grad is None and decompress.conv.weight.grad.abs().sum() > 0
+    for loss in (
+        api.attention_reconstruction_loss(attention, h, old[:, :0], new[:, :0]),
+        api.autoencoding_loss(decompress, old[:, :0], new[:, :0]),
+    ):
+        assert loss == 0 and loss.shape == ()
+
+
+def test_the_file_trains_alone_in_an_empty_folder(tmp_path: Path):
+    """With the loop that its docstring shows."""
+    shutil.copy(api.__file__, tmp_path)
+    lines = api.__doc__.splitlines()
+    first = next(i for i, line in enumerate(lines) if "model = CompressiveTransformer" in line)
+    loop = [line[4:] for line in lines[first:] if line.startswith("    ")]
+    loop = loop[: next(i for i, line in enumerate(loop) if "zero_grad" in line) + 1]
+    script = "\n".join(
+        [
+            "import torch, torch.nn.functional as F",
+            "from torch import nn",
+            "from compressive import CompressiveTransformer, Config",
+            "segments = [torch.randint(256, (2, 2, 100)).unbind() for _ in range(3)]",
+            loop[0],
+            "optimizer = torch.optim.AdamW(model.parameters())",
+            *loop[1:],
+            "assert memory.c_mem[0].size(1) > 0 and compression_loss > 0",
+        ]
+    )
+    ran = subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys; sys.path.append('.')\n{script}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr

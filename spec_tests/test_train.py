@@ -1,0 +1,254 @@
+"""train.py as a user runs it: a process, its options, its output and its files."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from adapter import Reference
+
+import train as trainer
+
+api = Reference.module
+
+TRAIN = Path(api.__file__).with_name("train.py")
+TINY = "--d-model 16 --n-heads 2 --n-layers 2 --d-ff 16 --mem-len 8 --c-mem-len 4".split()
+TINY += "--compression-rate 2 --segment 8 --batch-size 2 --sample 20".split()
+TINY += "--device cpu --dtype float32".split()
+TEXT = b"In the beginning was the word, and the word was long. " * 40
+
+
+def run(*options: object, cwd: Path, env: dict[str, str] | None = None):
+    command = [sys.executable, str(TRAIN), *map(str, options)]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env=os.environ | (env or {})
+    )
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT)
+    return path
+
+
+def refused(result: subprocess.CompletedProcess, message: str) -> None:
+    """One line on standard error that says what is wrong; status 2, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert re.search(message, result.stderr), result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_run_shows_progress_and_leaves_metrics_and_a_checkpoint(text: Path, tmp_path: Path):
+    result = run("--data", text, *TINY, "--steps", 300, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    shown = [line for line in lines if line.startswith("step ")]
+    assert len(shown) == 20
+    pattern = (
+        r"step +\d+/300  bpc \d\.\d{3}  compression loss \d\.\d{4}  [\d,]+ tokens/s  \d+ s left"
+    )
+    assert all(re.fullmatch(pattern, line) for line in shown)
+    summary = re.fullmatch(r"val_bpc=(\d\.\d{4}) tokens_per_second=\d+ seconds=\d+\.\d", lines[-1])
+    assert summary and float(summary[1]) < 3.5  # a model that knows nothing would have 8
+    assert "--- continuation" in lines
+
+    records = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(15, 301, 15))
+    assert records[-1]["bpc"] < records[0]["bpc"] < 9
+    assert records[-1]["lr"] < 1e-4 < max(record["lr"] for record in records) <= 3e-3
+    assert all(record["compression_loss"] > 0 for record in records)
+
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    model = api.CompressiveTransformer(api.Config(**state["config"]))
+    model.load_state_dict(state["model"])
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoint.pt",
+        "metrics.jsonl",
+    ]
+    held_out = torch.tensor(list(TEXT[-len(TEXT) // 10 :]))[None]
+    logits = model.float()(held_out[:, :-1]).logits
+    nats = torch.nn.functional.cross_entropy(logits[0], held_out[0, 1:])
+    assert abs(nats.item() / torch.tensor(2.0).log().item() - float(summary[1])) < 0.7
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(text: Path, tmp_path: Path):
+    results = [
+        run("--data", text, *TINY, "--steps", 30, "--seed", seed, cwd=tmp_path).stdout
+        for seed in (1, 1, 2)
+    ]
+    first, second, other = (
+        re.findall(r"bpc (\S+)  compression loss (\S+)|val_bpc=(\S+)", out) for out in results
+    )
+    assert len(first) > 20
+    assert first == second != other
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--compression dilated_conv --compression-loss autoencoding --no-norm-first --dropout 0.1",
+        "--compression most_used --compression-loss none --unroll 3 --dtype bfloat16",
+        "--compression max_pool --c-mem-len 0 --mem-len 0 --batch-size 1",
+        "--bptt --unroll 2 --compression-loss none",
+    ],
+)
+def test_other_settings_train(text: Path, tmp_path: Path, options: str):
+    command = ["--data", text, *TINY, "--steps", 8, *options.split(), "--out", "run"]
+    result = run(*command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    config = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["config"]
+    assert config["norm_first"] == ("--no-norm-first" not in options)
+    assert config["bptt"] == ("--bptt" in options)
+    assert config["compression"] in ("conv", *options.split())
+
+
+def test_a_folder_of_any_bytes_is_read_in_order(tmp_path: Path):
+    (tmp_path / "texts/sub").mkdir(parents=True)
+    (tmp_path / "texts/b.bin").write_bytes(bytes(range(256)) * 3)
+    (tmp_path / "texts/sub/c").write_bytes(b"\x1b[31m\x00" * 50)
+    (tmp_path / "texts/empty").touch()
+    result = run("--data", "texts", *TINY, "--steps", 2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "1,068 bytes of texts" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_the_default_text_is_the_standard_library(tmp_path: Path):
+    result = run(*TINY, "--steps", 1, "--segment", 128, "--batch-size", 32, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    size = int(re.search(r"([\d,]+) bytes of stdlib", result.stdout)[1].replace(",", ""))
+    assert size > 1_000_000
+
+
+def test_a_terminal_shows_one_live_line(text: Path, tmp_path: Path):
+    """Under a pseudo-terminal, as the script command of a user would give it."""
+    pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
+    leader, follower = pty.openpty()
+    command = [sys.executable, str(TRAIN), "--data", text, *TINY, "--steps", "40"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=follower, stderr=follower)
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            part = os.read(leader, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(leader)
+    assert process.wait() == 0
+    lines = shown.decode().split("\r\n")
+    live = [line for line in lines if "step 40/40" in line]
+    assert len(live) == 1
+    assert live[0].count("\r") == live[0].count("\x1b[K") == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--data nowhere.txt", "--data nowhere.txt: no such file or folder"),
+        ("--data empty", "--data empty: .* has no text"),
+        ("--data short --batch-size 8", "--data short has 100 bytes, 8 rows need 160: name a lo"),
+        ("--data folder", "--data folder: .* has no text"),
+        ("--out taken", "--out taken is not empty: name a new folder"),
+        ("--out short", "short: File exists"),
+        ("--out short/run", "short/run: Not a directory"),
+        ("--steps 0", "--steps: must be a number of at least 1, got 0"),
+        ("--steps many", "--steps: invalid int value: 'many'"),
+        ("--lr 0", "--lr: must be a number above 0, got 0"),
+        ("--lr nan", "--lr: must be a number above 0, got nan"),
+        ("--d-model 15", "d_model must be divisible by n_heads = 2, got 15"),
+        ("--dropout 1", r"dropout must be a number in \[0, 1\), got 1.0"),
+        ("--compression sum", "compression must be one of conv, .*, got 'sum'"),
+        ("--bptt", "--bptt needs --unroll of at least 2"),
+        ("--device warp", "--device warp cannot be used: .*; try --device cpu"),
+        ("--dtype int8", "--dtype: invalid choice: 'int8'"),
+        ("--sed 3", "unrecognized arguments: --sed 3"),
+        ("--seed -1", "--seed: must be a number of at least 0, got -1"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    tmp_path: Path, text: Path, options: str, message: str, monkeypatch, capsys
+):
+    """In the process, for speed: the two tests below start one."""
+    (tmp_path / "empty").touch()
+    (tmp_path / "short").write_bytes(b"x" * 100)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/metrics.jsonl").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        trainer.main(["--data", str(text), *TINY, "--steps", "1", *options.split()])
+    assert exit.value.code == 2
+    shown = capsys.readouterr()
+    assert re.fullmatch(f"train.py: .*{message}.*\n", shown.err), shown.err
+    assert shown.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "taken/metrics.jsonl").read_text() == "precious"
+
+
+def test_refusals_end_the_process_with_status_2_and_no_traceback(text: Path, tmp_path: Path):
+    refused(run("--data", text, "--heads", 2, cwd=tmp_path), "unrecognized arguments: --heads 2")
+    refused(run("--data", text, "--n-heads", 3, cwd=tmp_path), "d_model must be divisible by")
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_tiny_shakespeare_is_refused_without_network_and_when_it_is_another_text(tmp_path: Path):
+    nowhere = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    command = ["--data", "tinyshakespeare", *TINY, "--steps", 1]
+    refused(run(*command, cwd=tmp_path, env=nowhere), "could not be fetched: .*--data PATH")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/tinyshakespeare.txt").write_bytes(TEXT)
+    refused(run(*command, cwd=tmp_path), r"its sha256 differs\): delete it")
+
+
+def test_tiny_shakespeare_is_fetched_once_checked_and_kept(tmp_path: Path, monkeypatch):
+    """In the process: the network is a function of ours, and so is the checksum of its text."""
+    monkeypatch.chdir(tmp_path)
+    fetched: list[str] = []
+
+    def urlopen(address: str, timeout: float):
+        fetched.append(address)
+        return open(source, "rb")
+
+    source = tmp_path / "source"
+    source.write_bytes(TEXT)
+    monkeypatch.setattr(trainer.urllib.request, "urlopen", urlopen)
+    with pytest.raises(trainer.Refused, match="is not Tiny Shakespeare"):
+        trainer.read_text("tinyshakespeare")
+    assert not (tmp_path / "data").exists()
+    monkeypatch.setattr(trainer, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT).hexdigest())
+    assert trainer.read_text("tinyshakespeare") == trainer.read_text("tinyshakespeare") == TEXT
+    assert fetched == [trainer.SHAKESPEARE] * 2
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["tinyshakespeare.txt"]
+
+
+def test_streams_cover_the_text_once():
+    for length, rows in ((21, 2), (22, 3), (100, 7), (8, 7)):
+        text = bytes(range(length))
+        streams = trainer.streams(text, rows)
+        pairs = []
+        for tokens, targets in trainer.segments(streams, 4, torch.device("cpu")):
+            assert tokens.shape == targets.shape and 1 <= tokens.size(1) <= 4
+            pairs += zip(tokens.flatten().tolist(), targets.flatten().tolist(), strict=True)
+        expected = (length - 1) // rows * rows
+        assert sorted(pairs) == [(i, i + 1) for i in range(expected)]
+
+
+def test_help_tells_every_option(tmp_path: Path):
+    result = run("--help", cwd=tmp_path)
+    assert result.returncode == 0
+    for name in api.Config.__dataclass_fields__.keys() - {"vocab_size"}:
+        assert f"--{name.replace('_', '-')} " in result.stdout
+    assert result.stdout.count("(default: ") >= 18
