@@ -278,10 +278,8 @@ class MostUsedCompression(Compression):
         the queries that saw it: `weights [B, H, T, S] -> [B, slots]`."""
         T = weights.size(2)
         received = weights[..., weights.size(3) - slots :].mean(dim=1).sum(dim=1)  # [B, slots]
-        seen_by = torch.arange(slots, 0, -1, device=weights.device).clamp(
-            max=T
-        )  # T, ..., T, ..., 1
-        return received / seen_by
+        seen_by = torch.arange(slots, 0, -1, device=weights.device)  # queries: T, ..., T, ..., 1
+        return received / seen_by.clamp(max=T)
 
 
 COMPRESSIONS = {
@@ -315,7 +313,7 @@ def update_memory(
     c_mem_len: int,
     compression_rate: int,
 ) -> MemoryUpdate:
-    """One layer's memories after a step (Algorithm 1, lines 8 to 13).
+    """One layer's memories after a step: Algorithm 1's old_mem, new_cm and the next m and cm.
 
     `h [B, T, D]` joins `mem [B, M, D]`. If more than mem_len slots are then held, the oldest leave,
     c at a time, until at most mem_len are left: n = ceil(overflow / c) times. Each c become one
@@ -383,44 +381,44 @@ COMPRESSION_LOSSES = "attention", "autoencoding", "none"
 
 
 class CompressiveTransformerLayer(nn.Module):
-    """Attention over both memories, feed-forward, and the layer's own memory (Algorithm 1, one
-    turn of the loop over layers). Pre-norm by default, the paper's post-norm by `norm_first=False`.
-    """
+    """Attention over both memories, feed-forward, and the memory of the layer's own inputs: one
+    turn of Algorithm 1's loop over layers."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, D, c = config, config.d_model, config.compression_rate
         self.attention = RelativeMultiHeadAttention(D, config.n_heads, config.dropout)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(D, config.d_ff), nn.ReLU(), nn.Linear(config.d_ff, D)
-        )
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+        inner, outer = nn.Linear(D, config.d_ff), nn.Linear(config.d_ff, D)
+        self.feed_forward = nn.Sequential(inner, nn.ReLU(), outer)
         self.dropout = nn.Dropout(config.dropout)
         self.compress = COMPRESSIONS[config.compression](D, c)  # f_c
-        self.decompress = None  # g
-        if config.compression_loss == "autoencoding" and any(
-            True for _ in self.compress.parameters()
-        ):
-            self.decompress = Decompression(D, c)
+        trained = next(self.compress.parameters(), None) is not None
+        self.compression_loss = config.compression_loss if trained else "none"
+        autoencoding = self.compression_loss == "autoencoding"
+        self.decompress = Decompression(D, c) if autoencoding else None  # g
 
     def forward(
         self, h: Tensor, mem: Tensor, c_mem: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`h [B, T, D]`, `mem [B, M, D]`, `c_mem [B, C, D]` and `positions [S, D]` (see attention)
-        -> the next h, mem and c_mem, and the compression loss, a scalar."""
+        """`h [B, T, D]`, `mem [B, M, D]`, `c_mem [B, C, D]`, `positions [S, D]` (see attention) ->
+        the layer above's h, the next step's mem and c_mem, and the compression loss, a scalar."""
         pre_norm = self.config.norm_first
         x = self.attention_norm(h) if pre_norm else h  # what attention reads is what memory keeps
         a, weights = self.attention(x, torch.cat([c_mem, mem], dim=1), positions)
-        h = h + self.dropout(a)
-        h = h if pre_norm else self.attention_norm(h)
-        h = h + self.dropout(self.feed_forward(self.feed_forward_norm(h) if pre_norm else h))
-        h = h if pre_norm else self.feed_forward_norm(h)
+        if pre_norm:
+            h = h + self.dropout(a)
+            h = h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
+        else:
+            h = self.attention_norm(h + self.dropout(a))
+            h = self.feed_forward_norm(h + self.dropout(self.feed_forward(h)))
         return h, *self.remember(x, mem, c_mem, weights)
 
     def remember(
         self, x: Tensor, mem: Tensor, c_mem: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The memories after the step, and the compression loss."""
+        """The next step's mem and c_mem, and the compression loss. No gradient passes from step to
+        step, unless `bptt` asks for it, nor from the loss to anything but f_c (and g)."""
         config, compress = self.config, self.compress
         if isinstance(compress, MostUsedCompression):
             compress = partial(compress, usage=compress.usage(weights, mem.size(1) + x.size(1)))
@@ -435,16 +433,16 @@ class CompressiveTransformerLayer(nn.Module):
             c_mem_len=config.c_mem_len,
             compression_rate=config.compression_rate,
         )
+
         loss = x.new_zeros(())
-        trained = any(True for _ in self.compress.parameters())
-        if trained and old.size(1) > 0 and config.compression_loss != "none":
-            if config.bptt:  # the loss trains f_c alone, not what made the memories
+        if self.compression_loss != "none" and old.size(1) > 0:
+            if config.bptt:
                 old = old.detach()
                 compressed = compress(old)
-            if config.compression_loss == "attention":
-                loss = attention_reconstruction_loss(self.attention, x, old, compressed)
-            else:
+            if self.decompress is not None:
                 loss = autoencoding_loss(self.decompress, old, compressed)
+            else:
+                loss = attention_reconstruction_loss(self.attention, x, old, compressed)
         return mem, c_mem if config.bptt else c_mem.detach(), loss
 
 

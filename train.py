@@ -159,7 +159,7 @@ def make_optimizer(
     matrices = [p for p in language_model if p.dim() >= 2]
     rest = [p for p in language_model if p.dim() < 2] + compression
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     warmup = min(100, args.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate(step, args.steps, warmup)
@@ -352,11 +352,11 @@ def parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
         choices=("auto", "float32", "bfloat16"),
         help="of the matrix products; auto: bfloat16 where the hardware has it",
     )
-    add("--steps", type=number(int, 1), default=3000, help="optimiser steps")
-    add("--batch-size", type=number(int, 1), default=8, help="rows, each a stream of its own")
+    add("--steps", type=number(int, 1), default=1250, help="optimiser steps")
+    add("--batch-size", type=number(int, 1), default=32, help="rows, each a stream of its own")
     add("--segment", type=number(int, 1), default=64, help="tokens of a row in a segment")
     add("--unroll", type=number(int, 1), default=1, help="segments in an optimiser step")
-    add("--lr", type=number(float, 0), default=3e-3, help="peak learning rate of AdamW")
+    add("--lr", type=number(float, 0), default=4e-3, help="peak learning rate of AdamW")
     add("--sample", type=number(int, 0), default=500, help="bytes of the sample at the end")
     add("--seed", type=number(int, 0), default=0, help="of the weights, dropout and the sample")
     model = parser.add_argument_group("the model")

@@ -209,6 +209,18 @@ def test_torch_compile_changes_nothing():
         memory, other = step.memory, same.memory
 
 
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_a_step_never_waits_for_the_device(name):
+    """On the meta device there are shapes and no values: whoever asks for one raises."""
+    model = make(compression=name).to("meta")
+    memory = None
+    for _ in range(3):
+        step = model(torch.zeros(2, 4, dtype=torch.int64, device="meta"), memory)
+        (step.logits.sum() + step.compression_loss).backward()
+        memory = step.memory
+    assert step.logits.shape == (2, 4, 11) and memory.c_mem[0].size(1) == 3
+
+
 # ------------------------------------------------------------------------------- parts used alone
 
 
