@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 
 def setting(default: object, help: str) -> Any:
+    """A field of Config; a command line can show its help (train.py does)."""
     return field(default=default, metadata={"help": help})
 
 
@@ -253,7 +254,7 @@ class DilatedConvCompression(Conv1dCompression):
         self.dilated = nn.ModuleList(maps)
 
     def forward(self, old: Tensor) -> Tensor:
-        for dilation, conv in zip(self.dilations, self.dilated, strict=False):
+        for dilation, conv in zip(self.dilations, self.dilated, strict=True):
             older = F.pad(old, (0, 0, dilation, 0))[:, : old.size(1)]
             old = F.relu(conv(torch.cat([older, old], dim=-1)))
         return super().forward(old)
@@ -324,7 +325,8 @@ def update_memory(
         mem  c d e f   c_mem  (ab)   h  g h i
           -> 7 held, 3 too many, n = 2, so c d e f leave:  mem  g h i   c_mem  (ab) (cd) (ef)
 
-    The arguments are not changed and nothing is detached.
+    The arguments are not changed and nothing is detached. `compress` must take any multiple of c;
+    it gets too few memories, and the functions above say so, if mem_len < c - 1.
     """
     held = torch.cat([mem, h], dim=1)  # [B, M + T, D]
     overflow = max(0, held.size(1) - mem_len)
@@ -501,7 +503,7 @@ class CompressiveTransformer(nn.Module):
         distance = torch.arange(S - 1, -1, -1, dtype=dtype, device=h.device)
         positions = sinusoid(distance, self.config.d_model).to(h.dtype)
         mems, c_mems, losses = [], [], []
-        for layer, mem, c_mem in zip(self.layers, *memory, strict=False):
+        for layer, mem, c_mem in zip(self.layers, *memory, strict=True):
             h, mem, c_mem, loss = layer(h, mem, c_mem, positions)
             mems.append(mem)
             c_mems.append(c_mem)
@@ -522,33 +524,35 @@ class CompressiveTransformer(nn.Module):
     ) -> Tensor:
         """Continue `prompt [B, T]`, T >= 1, by sampling: `-> [B, T + max_new_tokens]`.
 
-        Every token is fed once: the prompt in long segments, then one new token a step, with the
-        memory carried on as in training (a model without memory is fed the growing text instead).
-        temperature 0 takes the likeliest token; top_k samples among the k likeliest. `memory`
-        is what stood before the prompt. Dropout is as the module's mode says: call `eval()` first.
+        Every token is fed once: the prompt whole (in segments, where it is longer than mem_len and
+        512), then each new token, the memory carried on as in training. A model without memory is
+        fed the whole text again for each token. Temperature 0 takes the likeliest token; top_k
+        samples among the k likeliest. `memory` is what stood before the prompt. Dropout is as the
+        module's mode says: call `eval()` first. Raises as `forward` does.
         """
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-        if temperature < 0:
+        if not temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
         self._check(prompt, memory)
-        tokens, segments = prompt, prompt.split(max(self.config.mem_len, 512), dim=1)
+        remembers = self.config.mem_len + self.config.c_mem_len > 0
+        tokens, length = prompt, max(self.config.mem_len, 512)
+        segments = prompt.split(length, dim=1) if remembers else (prompt,)
         for _ in range(max_new_tokens):
             for segment in segments:
                 logits, memory, _ = self(segment, memory)
-            logits = logits[:, -1].float()  # [B, vocab_size]
-            if top_k is not None and top_k < logits.size(-1):
-                least = logits.topk(top_k).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -math.inf)
+            logits = logits[:, -1]  # [B, vocab_size]
             if temperature == 0:
                 new = logits.argmax(dim=-1, keepdim=True)
             else:
-                new = (logits / temperature).softmax(dim=-1)
-                new = torch.multinomial(new, 1, generator=generator)
+                logits = logits.float() / temperature
+                if top_k is not None and top_k < logits.size(-1):
+                    least = logits.topk(top_k).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -math.inf)
+                new = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
             tokens = torch.cat([tokens, new.to(tokens.dtype)], dim=1)
-            remembers = self.config.mem_len + self.config.c_mem_len > 0
             segments = (new if remembers else tokens,)
         return tokens
 
@@ -558,6 +562,9 @@ class CompressiveTransformer(nn.Module):
             raise TypeError(f"tokens must be torch.int64 or torch.int32, got {tokens.dtype}")
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens must be [B, T], both at least 1, got {list(tokens.shape)}")
+        like, L = self.embedding.weight, self.config.n_layers
+        if tokens.device != like.device:
+            raise ValueError(f"tokens must have device {like.device}, got {tokens.device}")
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = (int(x) for x in tokens.aminmax())
             if low < 0 or high >= self.config.vocab_size:
@@ -565,10 +572,9 @@ class CompressiveTransformer(nn.Module):
                 raise ValueError(f"tokens must lie in [0, {self.config.vocab_size}), got {came}")
         if memory is None:
             return
-        like, L = self.embedding.weight, self.config.n_layers
         if not isinstance(memory, tuple) or len(memory) != 2:
             raise TypeError(f"memory must be a Memory(mem, c_mem) or None, got {type(memory)}")
-        for name, layers in zip(Memory._fields, memory, strict=False):
+        for name, layers in zip(Memory._fields, memory, strict=True):
             if len(layers) != L:
                 raise ValueError(f"memory.{name} must have {L} layers, got {len(layers)}")
             for i, slots in enumerate(layers):

@@ -17,6 +17,8 @@ class TorchRandom:
 torch_random = TorchRandom()
 hypothesis.register_random(torch_random)
 
+torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
+
 # Derandomised: a failure is the code's, never the draw's. No deadline: machines differ.
 hypothesis.settings.register_profile(
     "default",

@@ -94,6 +94,11 @@ SMALL = Settings()
         (torch.zeros(2, 0, dtype=torch.long), ValueError, r"tokens .* got \[2, 0\]"),
         (torch.zeros(0, 2, dtype=torch.long), ValueError, r"tokens .* got \[0, 2\]"),
         (torch.tensor([[3, 11], [0, 1]]), ValueError, r"tokens must lie in \[0, 11\), got 11"),
+        (
+            torch.zeros(2, 3, dtype=torch.int64, device="meta"),
+            ValueError,
+            "tokens must have device cpu, got meta",
+        ),
         (torch.tensor([[3, -1], [0, 1]]), ValueError, r"tokens must lie in \[0, 11\), got -1"),
     ],
 )

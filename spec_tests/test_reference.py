@@ -44,6 +44,14 @@ def test_generate_feeds_every_token_once(settings, T, new, given_memory):
     assert torch.equal(found, expected)
 
 
+def test_generate_without_memory_sees_the_whole_prompt():
+    model, prompt = make(n_layers=1, mem_len=0, c_mem_len=0), tokens(SMALL, 1, 600)
+    found = model.generate(prompt, 2, temperature=0)
+    for length in (600, 601):
+        best = model(found[:, :length]).logits[:, -1].argmax(dim=-1)
+        assert torch.equal(found[:, length], best)
+
+
 def test_generate_splits_a_long_prompt():
     model = make(n_layers=1)
     prompt = tokens(SMALL, 1, 1100)
@@ -93,6 +101,7 @@ def test_tokens_keep_their_dtype(dtype):
     [
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
         ({"max_new_tokens": 1, "temperature": -0.5}, "temperature must be at least 0, got -0.5"),
+        ({"max_new_tokens": 1, "temperature": float("nan")}, "temperature must be .*, got nan"),
         ({"max_new_tokens": 1, "top_k": 0}, "top_k must be at least 1 or None, got 0"),
     ],
 )
