@@ -356,7 +356,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     add("--batch-size", type=number(int, 1), default=32, help="rows, each a stream of its own")
     add("--segment", type=number(int, 1), default=64, help="tokens of a row in a segment")
     add("--unroll", type=number(int, 1), default=1, help="segments in an optimiser step")
-    add("--lr", type=number(float, 0), default=4e-3, help="peak learning rate of AdamW")
+    add("--lr", type=number(float, 0), default=3e-3, help="peak learning rate of AdamW")
     add("--sample", type=number(int, 0), default=500, help="bytes of the sample at the end")
     add("--seed", type=number(int, 0), default=0, help="of the weights, dropout and the sample")
     model = parser.add_argument_group("the model")
