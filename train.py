@@ -352,7 +352,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
         choices=("auto", "float32", "bfloat16"),
         help="of the matrix products; auto: bfloat16 where the hardware has it",
     )
-    add("--steps", type=number(int, 1), default=1250, help="optimiser steps")
+    add("--steps", type=number(int, 1), default=1200, help="optimiser steps")
     add("--batch-size", type=number(int, 1), default=32, help="rows, each a stream of its own")
     add("--segment", type=number(int, 1), default=64, help="tokens of a row in a segment")
     add("--unroll", type=number(int, 1), default=1, help="segments in an optimiser step")
