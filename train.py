@@ -18,17 +18,20 @@ import sys
 import sysconfig
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import IO, NoReturn
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, which needs it not
 
-from compressive import CompressiveTransformer, Config
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from compressive import CompressiveTransformer, Config  # noqa: E402
 
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

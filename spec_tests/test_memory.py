@@ -1,5 +1,6 @@
 """MEM: what is remembered, compressed and forgotten."""
 
+import hypothesis
 import torch
 from adapter import Adapter, Settings, Slots
 from hypothesis import given
@@ -185,6 +186,7 @@ def simulate(settings: Settings, schedule: list[int]) -> list[set[int]]:
 
 
 @given(settings=settings(), schedule=schedules, data=st.data())
+@hypothesis.settings(max_examples=150)
 def test_MEM_9_a_token_reaches_exactly_what_the_memories_carry_it_to(
     adapter: Adapter, settings, schedule, data
 ):

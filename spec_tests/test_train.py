@@ -37,6 +37,25 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch, capsys):
+    """Runs train.py's main in this process, for speed, in `tmp_path`: the exit status and what it
+    printed. torch's default dtype is that of a new process."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+
+    def run_here(*options: object) -> subprocess.CompletedProcess:
+        status = 0
+        try:
+            trainer.main([str(option) for option in options])
+        except SystemExit as exit:
+            status = exit.code
+        return subprocess.CompletedProcess(options, status, *capsys.readouterr())
+
+    yield run_here
+    torch.set_default_dtype(torch.float64)
+
+
 def refused(result: subprocess.CompletedProcess, message: str) -> None:
     """One line on standard error that says what is wrong; status 2, no traceback."""
     assert result.returncode == 2, result.stderr
@@ -78,17 +97,16 @@ def test_a_run_shows_progress_and_leaves_metrics_and_a_checkpoint(text: Path, tm
     assert abs(nats.item() / torch.tensor(2.0).log().item() - float(summary[1])) < 0.7
 
 
-def test_the_same_seed_gives_the_same_run_and_another_another(text: Path, tmp_path: Path):
+def test_the_same_seed_gives_the_same_run_and_another_another(text: Path, here):
     results = [
-        run("--data", text, *TINY, "--steps", 30, "--seed", seed, cwd=tmp_path).stdout
-        for seed in (1, 1, 2)
+        here("--data", text, *TINY, "--steps", 30, "--seed", seed, "--out", f"run{i}").stdout
+        for i, seed in enumerate((1, 1, 2))
     ]
     first, second, other = (
         re.findall(r"bpc (\S+)  compression loss (\S+)|val_bpc=(\S+)", out) for out in results
     )
     assert len(first) > 20
     assert first == second != other
-    assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
 @pytest.mark.parametrize(
@@ -100,25 +118,26 @@ def test_the_same_seed_gives_the_same_run_and_another_another(text: Path, tmp_pa
         "--bptt --unroll 2 --compression-loss none",
     ],
 )
-def test_other_settings_train(text: Path, tmp_path: Path, options: str):
-    command = ["--data", text, *TINY, "--steps", 8, *options.split(), "--out", "run"]
-    result = run(*command, cwd=tmp_path)
+def test_other_settings_train(text: Path, here, options: str):
+    result = here("--data", text, *TINY, "--steps", 8, *options.split(), "--out", "run")
     assert result.returncode == 0, result.stderr
-    config = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["config"]
+    config = torch.load("run/checkpoint.pt", weights_only=True)["config"]
     assert config["norm_first"] == ("--no-norm-first" not in options)
     assert config["bptt"] == ("--bptt" in options)
     assert config["compression"] in ("conv", *options.split())
 
 
-def test_a_folder_of_any_bytes_is_read_in_order(tmp_path: Path):
+def test_a_folder_of_any_bytes_is_read_in_order(tmp_path: Path, here):
     (tmp_path / "texts/sub").mkdir(parents=True)
     (tmp_path / "texts/b.bin").write_bytes(bytes(range(256)) * 3)
     (tmp_path / "texts/sub/c").write_bytes(b"\x1b[31m\x00" * 50)
     (tmp_path / "texts/empty").touch()
-    result = run("--data", "texts", *TINY, "--steps", 2, cwd=tmp_path)
+    result = here("--data", "texts", *TINY, "--steps", 2)
     assert result.returncode == 0, result.stderr
     assert "1,068 bytes of texts" in result.stdout
     assert "\x1b" not in result.stdout
+    assert trainer.read_text("texts") == bytes(range(256)) * 3 + b"\x1b[31m\x00" * 50
+    assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
 def test_the_default_text_is_the_standard_library(tmp_path: Path):
@@ -177,44 +196,51 @@ def test_a_terminal_shows_one_live_line(text: Path, tmp_path: Path):
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(
-    tmp_path: Path, text: Path, options: str, message: str, monkeypatch, capsys
+    tmp_path: Path, text: Path, here, options: str, message: str
 ):
-    """In the process, for speed: the two tests below start one."""
     (tmp_path / "empty").touch()
     (tmp_path / "short").write_bytes(b"x" * 100)
     (tmp_path / "folder").mkdir()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/metrics.jsonl").write_text("precious")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit:
-        trainer.main(["--data", str(text), *TINY, "--steps", "1", *options.split()])
-    assert exit.value.code == 2
-    shown = capsys.readouterr()
-    assert re.fullmatch(f"train.py: .*{message}.*\n", shown.err), shown.err
-    assert shown.out == ""
+    result = here("--data", text, *TINY, "--steps", 1, *options.split())
+    refused(result, message)
+    assert result.stdout == ""
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "taken/metrics.jsonl").read_text() == "precious"
 
 
-def test_refusals_end_the_process_with_status_2_and_no_traceback(text: Path, tmp_path: Path):
-    refused(run("--data", text, "--heads", 2, cwd=tmp_path), "unrecognized arguments: --heads 2")
+def test_a_refusal_ends_the_process_with_status_2_and_no_traceback(text: Path, tmp_path: Path):
     refused(run("--data", text, "--n-heads", 3, cwd=tmp_path), "d_model must be divisible by")
     assert list(tmp_path.iterdir()) == [text]
 
 
-def test_tiny_shakespeare_is_refused_without_network_and_when_it_is_another_text(tmp_path: Path):
-    nowhere = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+def test_tiny_shakespeare_is_refused_without_network_and_when_it_is_another_text(
+    tmp_path: Path, here, monkeypatch
+):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
     command = ["--data", "tinyshakespeare", *TINY, "--steps", 1]
-    refused(run(*command, cwd=tmp_path, env=nowhere), "could not be fetched: .*--data PATH")
+    refused(here(*command), "could not be fetched: .*--data PATH")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "data").mkdir()
     (tmp_path / "data/tinyshakespeare.txt").write_bytes(TEXT)
-    refused(run(*command, cwd=tmp_path), r"its sha256 differs\): delete it")
+    refused(here(*command), r"its sha256 differs\): delete it")
+
+
+def test_an_interrupt_says_so_and_keeps_the_metrics(text: Path, here, monkeypatch):
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "evaluate", interrupt)
+    result = here("--data", text, *TINY, "--steps", 4, "--out", "run")
+    assert result.returncode == 130
+    assert "interrupted" in result.stderr
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 4
 
 
 def test_tiny_shakespeare_is_fetched_once_checked_and_kept(tmp_path: Path, monkeypatch):
-    """In the process: the network is a function of ours, and so is the checksum of its text."""
+    """The network is a function of ours, and so is the checksum of its text."""
     monkeypatch.chdir(tmp_path)
     fetched: list[str] = []
 
