@@ -188,10 +188,9 @@ class Progress:
     """Shows a line of progress (one that changes, on a terminal) and keeps it as a line of JSON."""
 
     def __init__(self, path: Path, steps: int) -> None:
-        self.steps = steps
+        self.path, self.steps = path, steps
         self.live = sys.stdout.isatty()
         self.every = max(1, steps // (200 if self.live else 20))
-        self.file = open(path, "w", buffering=1)
         self.start = self.last = time.perf_counter()
         self.losses: list[Tensor] = []
         self.tokens = self.tokens_at_last = 0
@@ -215,7 +214,8 @@ class Progress:
             "tokens_per_second": speed,
             "seconds": now - self.start,
         }
-        self.file.write(json.dumps(record) + "\n")
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
         line = (
             f"step {step:>{len(str(self.steps))}}/{self.steps}  bpc {nats * BITS:.3f}  "
             f"compression loss {compression:.4f}  {speed:,.0f} tokens/s  {left:.0f} s left"
