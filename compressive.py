@@ -437,7 +437,7 @@ class CompressiveTransformerLayer(nn.Module):
         )
 
         loss = x.new_zeros(())
-        if self.compression_loss != "none" and old.size(1) > 0:
+        if self.compression_loss != "none":
             if config.bptt:
                 old = old.detach()
                 compressed = compress(old)

@@ -44,6 +44,18 @@ def test_generate_feeds_every_token_once(settings, T, new, given_memory):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("lengths", [(1, 0), (0, 1)])
+def test_generate_feeds_one_token_a_step_however_little_is_remembered(lengths):
+    model = make(mem_len=lengths[0], c_mem_len=lengths[1], compression_rate=1)
+    prompt, memory = tokens(SMALL, 2, 3), None
+    expected = feed = prompt
+    for _ in range(4):
+        logits, memory, _ = model(feed, memory)
+        feed = logits[:, -1:].argmax(dim=-1)
+        expected = torch.cat([expected, feed], dim=1)
+    assert torch.equal(model.generate(prompt, 4, temperature=0), expected)
+
+
 def test_generate_without_memory_sees_the_whole_prompt():
     model, prompt = make(n_layers=1, mem_len=0, c_mem_len=0), tokens(SMALL, 1, 600)
     found = model.generate(prompt, 2, temperature=0)
