@@ -1,44 +1,74 @@
-"""What all tests share: the adapter under test, models to test, and Hypothesis's profile."""
+"""The suite's options, the implementation under test, and the profiles of Hypothesis."""
+
+from importlib.util import find_spec
 
 import hypothesis
 import pytest
 import torch
-from adapter import Adapter, Reference
+
+from .adapter import Settings
+from .implementation import Implementation, Unusable, check_usable, load
+from .report import SpecReport
+from .support import fit, torch_random
+
+REFERENCE = "spec_tests.adapters.reference"
+PROFILES = {"quick": 20, "default": 60, "thorough": 600}  # examples of a check
+collect_ignore = []
+
+for name, examples in PROFILES.items():
+    hypothesis.settings.register_profile(
+        name,
+        derandomize=True,  # a failure is the code's, never the draw's
+        deadline=None,  # machines differ
+        database=None,
+        max_examples=examples,
+        report_multiple_bugs=False,
+        phases=[hypothesis.Phase.generate] + [hypothesis.Phase.shrink] * (name != "quick"),
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
 
 
-class TorchRandom:
-    """torch's random numbers as Hypothesis wants them, to seed them before every example."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add = parser.getgroup("spec", "the rules of the Compressive Transformer").addoption
+    add("--impl", metavar="ADAPTER", help="path/to/adapter.py or module.path, and :Name if need be")
+    add("--spec-profile", choices=list(PROFILES), default="default", help="how many examples")
+    add("--spec-seed", type=int, default=0, metavar="N", help="other random examples")
+    add("--spec-report", metavar="FILE", help="write the verdicts as JSON")
 
-    seed = staticmethod(torch.manual_seed)
-    getstate = staticmethod(torch.get_rng_state)
-    setstate = staticmethod(torch.set_rng_state)
+
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    if option.impl is None and find_spec("compressive") is None:
+        raise pytest.UsageError("--impl: name your adapter (there is no compressive.py here)")
+    if option.impl is not None:  # the files that are about compressive.py alone
+        collect_ignore.extend(["test_golden.py", "test_reference.py", "test_train.py", "meta"])
+    torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
+    hypothesis.settings.load_profile(option.spec_profile)
+    torch_random.shift = option.spec_seed
+    spec = option.impl or REFERENCE
+    try:
+        impl = load(spec)
+        torch.set_default_dtype(impl.dtype)
+        check_usable(impl, fit(impl.declared, supported(impl), [4]).settings)
+    except Unusable as error:
+        raise pytest.UsageError(f"--impl {spec}: the adapter cannot be used: {error}") from None
+    config.pluginmanager.register(SpecReport(config, impl), "spec_report")
 
 
-torch_random = TorchRandom()
-hypothesis.register_random(torch_random)
+def supported(impl: Implementation) -> Settings:
+    declared = impl.declared
+    return Settings(
+        compression=declared.compressions[0],
+        compression_loss=declared.compression_losses[0],
+        norm_first=declared.norms[0] == "pre",
+    )
 
-torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
 
-# Derandomised: a failure is the code's, never the draw's. No deadline: machines differ.
-hypothesis.settings.register_profile(
-    "default",
-    derandomize=True,
-    deadline=None,
-    database=None,
-    max_examples=40,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("default")
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch_random.seed(0)
 
 
 @pytest.fixture(scope="session")
-def adapter() -> Adapter:
-    return Reference()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def float64():
-    """Everything is in float64: what is equal is then equal to 1e-12, and what differs shows."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+def impl(pytestconfig: pytest.Config) -> Implementation:
+    return pytestconfig.pluginmanager.get_plugin("spec_report").impl

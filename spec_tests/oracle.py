@@ -1,13 +1,13 @@
 """One step of the Compressive Transformer for one row, written with plain loops over Python floats.
 
 No tensor, no mask, no shift, no batch: each line is a line of the paper. Weights are nested lists,
-matrices input x output; `weights` and `settings` are the adapter's.
+matrices input x output; `weights`, `settings` and `declared` are the adapter's.
 """
 
 import math
 from typing import Any, NamedTuple
 
-from adapter import Settings
+from .adapter import Declaration, Settings
 
 Vector = list[float]
 
@@ -110,13 +110,12 @@ def convolve(block: list[Vector], kernel: list[list[Vector]]) -> Vector:
 
 def compress(name: str, w: dict, old: list[Vector], usage: Vector, c: int) -> list[Vector]:
     """f_c."""
-    n = len(old) // c
+    n, zeros = len(old) // c, [0.0] * len(old[0])
     if name == "most_used":
         ranked = sorted(range(len(old)), key=lambda j: (-usage[j], j))
         return [old[j] for j in sorted(ranked[:n])]
     if name == "dilated_conv":
         for kernel, dilation in zip(w["dilated"], (1, 2, 4), strict=True):
-            zeros = [0.0] * len(old[0])
             older = [old[j - dilation] if j >= dilation else zeros for j in range(len(old))]
             old = [
                 [max(0.0, a) for a in convolve([before, now], kernel)]
@@ -130,14 +129,24 @@ def compress(name: str, w: dict, old: list[Vector], usage: Vector, c: int) -> li
         elif name == "max_pool":
             slots.append([max(column) for column in zip(*block, strict=True)])
         else:
-            slots.append(convolve(block, w["convolution"]))
+            slots.append(add(convolve(block, w["convolution"]), w.get("convolution_bias", zeros)))
     return slots
 
 
-def content_attention(w: dict, x: list[Vector], slots: list[Vector]) -> list[Vector]:
+def as_read(
+    declared: Declaration, settings: Settings, w: dict, slots: list[Vector]
+) -> list[Vector]:
+    """Slots as attention reads them: those stored raw are normalised first, in pre-norm."""
+    if declared.storage == "normalised" or not settings.norm_first:
+        return slots
+    return [layer_norm(slot, w["norm1_weight"], w["norm1_bias"]) for slot in slots]
+
+
+def content_attention(w: dict, heads: int, x: list[Vector], slots: list[Vector]) -> list[Vector]:
     """Algorithm 2's attention: content alone, every slot seen, heads side by side."""
-    heads = len(w["content_bias"])
     keys, values = [times(s, w["key"]) for s in slots], [times(s, w["value"]) for s in slots]
+    if "value_bias" in w:
+        values = [add(value, w["value_bias"]) for value in values]
     output = []
     for h in x:
         query, mixed = times(h, w["query"]), []
@@ -154,10 +163,17 @@ def mean_square(a: list[Vector], b: list[Vector]) -> float:
     return math.fsum(squares) / len(squares)
 
 
-def compression_loss(name: str, w: dict, h: list[Vector], old: Any, new: Any) -> float:
-    if name == "attention" and "convolution" in w:
-        return mean_square(content_attention(w, h, old), content_attention(w, h, new))
-    if name == "autoencoding" and "convolution" in w:
+def compression_loss(
+    declared: Declaration, settings: Settings, w: dict, h: list[Vector], old: Any, new: Any
+) -> float:
+    """Of one layer, on slots as they are stored; zero for a function without parameters."""
+    if settings.compression not in ("conv", "dilated_conv") or not old:
+        return 0.0
+    if settings.compression_loss == "attention":
+        x, old, new = (as_read(declared, settings, w, slots) for slots in (h, old, new))
+        heads = settings.n_heads
+        return mean_square(content_attention(w, heads, x, old), content_attention(w, heads, x, new))
+    if settings.compression_loss == "autoencoding":
         kernel = w["transposed_convolution"]
         read_back = [[dot(row, slot) for row in matrix] for slot in new for matrix in kernel]
         return mean_square(old, read_back)
@@ -165,7 +181,12 @@ def compression_loss(name: str, w: dict, h: list[Vector], old: Any, new: Any) ->
 
 
 def layer_step(
-    settings: Settings, w: dict, h: list[Vector], mem: list[Vector], c_mem: list[Vector]
+    declared: Declaration,
+    settings: Settings,
+    w: dict,
+    h: list[Vector],
+    mem: list[Vector],
+    c_mem: list[Vector],
 ) -> tuple[list[Vector], list[Vector], list[Vector], Any, float]:
     pre = settings.norm_first
 
@@ -177,7 +198,8 @@ def layer_step(
         return add(times(inner, w["ff2_weight"]), w["ff2_bias"])
 
     x = [norm(1, a) for a in h] if pre else h
-    mixed, attention = attend(w, x, c_mem + mem)
+    stored = h if declared.storage == "raw" else x
+    mixed, attention = attend(w, x, as_read(declared, settings, w, c_mem + mem))
     if pre:
         h = [add(a, b) for a, b in zip(h, mixed, strict=True)]
         h = [add(a, feed_forward(norm(2, a))) for a in h]
@@ -186,7 +208,7 @@ def layer_step(
         h = [norm(2, add(a, feed_forward(a))) for a in h]
 
     usage = average_usage(attention, len(c_mem) + len(mem) + len(x))[len(c_mem) :]
-    held, old, new, loss = mem + x, [], [], 0.0
+    held, old, new = mem + stored, [], []
     if settings.c_mem_len == 0:
         while len(held) > settings.mem_len:
             held = held[1:]
@@ -196,14 +218,14 @@ def layer_step(
             held = held[settings.compression_rate :]
     if old:
         new = compress(settings.compression, w, old, usage, settings.compression_rate)
-        loss = compression_loss(settings.compression_loss, w, x, old, new)
     c_mem = c_mem + new
     while len(c_mem) > settings.c_mem_len:
         c_mem = c_mem[1:]
-    return h, held, c_mem, attention, loss
+    return h, held, c_mem, attention, compression_loss(declared, settings, w, stored, old, new)
 
 
 def step(
+    declared: Declaration,
     settings: Settings,
     weights: dict,
     tokens: list[int],
@@ -213,7 +235,7 @@ def step(
     h = [weights["embedding"][token] for token in tokens]
     mems, c_mems, attention, losses = [], [], [], []
     for w, m, cm in zip(weights["layers"], mem, c_mem, strict=True):
-        h, m, cm, a, loss = layer_step(settings, w, h, m, cm)
+        h, m, cm, a, loss = layer_step(declared, settings, w, h, m, cm)
         mems.append(m)
         c_mems.append(cm)
         attention.append(a)
@@ -221,4 +243,5 @@ def step(
     if settings.norm_first:
         h = [layer_norm(x, weights["norm_weight"], weights["norm_bias"]) for x in h]
     logits = [add(times(x, weights["logits_weight"]), weights["logits_bias"]) for x in h]
-    return Result(logits, mems, c_mems, attention, math.fsum(losses) / len(losses))
+    layers = len(losses) if declared.loss_over_layers == "mean" else 1
+    return Result(logits, mems, c_mems, attention, math.fsum(losses) / layers)

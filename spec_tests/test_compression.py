@@ -1,74 +1,122 @@
 """CMP: the compression functions."""
 
-import oracle
-import pytest
+from collections.abc import Iterator
+
 import torch
-from adapter import Adapter
-from hypothesis import given
 from hypothesis import strategies as st
-from support import COMPRESSIONS, STRIDED, build, settings
+from torch import Tensor, nn
+
+from . import oracle
+from .adapter import COMPRESSIONS, Settings
+from .implementation import Implementation
+from .support import PARAMETRIC, STRIDED, Case, cases, check, close, holds
+
+ONE_STEP = (1, 1)
 
 
-def block(settings, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def block(impl: Implementation, settings: Settings, n: int) -> tuple[Tensor, Tensor]:
     """Memories to compress, `[2, c*n, D]`, and the attention that each received."""
     length = settings.compression_rate * n
-    return torch.randn(2, length, settings.d_model), torch.rand(2, length)
+    old = torch.randn(2, length, settings.d_model, dtype=impl.dtype)
+    return old, torch.rand(2, length, dtype=impl.dtype)
 
 
-@pytest.mark.parametrize("name", COMPRESSIONS)
-@given(settings=settings(), n=st.integers(0, 4))
-def test_CMP_1_c_n_memories_become_n_slots(adapter: Adapter, settings, name, n):
-    model = build(adapter, settings._replace(compression=name))
-    slots = adapter.compress(model, 0, *block(settings, n))
-    assert slots.shape == (2, n, settings.d_model)
+def each(
+    impl: Implementation, case: Case, names: tuple[str, ...]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Of these functions those that there are, each with a model."""
+    for name in names:
+        if name in impl.declared.compressions:
+            yield name, impl.build(case.settings._replace(compression=name))
 
 
-@pytest.mark.parametrize("name", STRIDED)
-@given(settings=settings(), n=st.integers(2, 4), data=st.data())
-def test_CMP_2_slot_k_depends_on_block_k_alone(adapter: Adapter, settings, name, n, data):
-    model = build(adapter, settings._replace(compression=name))
-    c, k = settings.compression_rate, data.draw(st.integers(0, n - 1), label="k")
-    old, usage = block(settings, n)
-    old.requires_grad_()
-    slots = adapter.compress(model, 0, old, usage)
-    (gradient,) = torch.autograd.grad((slots[:, k] * torch.randn(slots[:, k].shape)).sum(), old)
-    inside = gradient[:, c * k : c * (k + 1)]
-    assert gradient.count_nonzero() == inside.count_nonzero()
-    some = inside.flatten(1) if name == "max_pool" else inside.flatten(0, 1)  # one memory may win
-    assert some.abs().sum(dim=-1).all()
-    moved = adapter.compress(model, 0, old[:, c:], usage[:, c:])
-    torch.testing.assert_close(moved, slots[:, 1:], rtol=0, atol=1e-12)
+@check(case=cases(steps=ONE_STEP), n=st.integers(0, 4))
+def test_CMP_1_c_n_memories_become_n_slots(impl: Implementation, case: Case, n: int):
+    n = n if impl.declared.compress_nothing else max(n, 1)
+    for name, model in each(impl, case, COMPRESSIONS):
+        old, usage = block(impl, case.settings, n)
+        got = list(impl.compress(model, 0, old, usage).shape)
+        expected = [2, n, case.settings.d_model]
+        holds(got == expected, f"shape of {name} of {list(old.shape)}", expected, got)
 
 
-@given(settings=settings(n_layers=3, d_model=12), name=st.sampled_from(["conv", "dilated_conv"]))
-def test_CMP_3_layers_share_no_compression_parameter(adapter: Adapter, settings, name):
-    model = build(adapter, settings._replace(compression=name))
-    layers = adapter.compression_parameters(model)
-    assert len(layers) == 3 and all(layers)
+@check(case=cases(steps=ONE_STEP, compression=STRIDED), n=st.integers(2, 4), k=st.integers(0, 3))
+def test_CMP_2_slot_k_depends_on_block_k_alone(impl: Implementation, case: Case, n: int, k: int):
+    c, k = case.settings.compression_rate, min(k, n - 1)
+    for name, model in each(impl, case, STRIDED):
+        old, usage = block(impl, case.settings, n)
+        old.requires_grad_()
+        slots = impl.compress(model, 0, old, usage)
+        seed = torch.randn(slots[:, k].shape, dtype=impl.dtype)
+        (gradient,) = torch.autograd.grad((slots[:, k] * seed).sum(), old)
+        reached = gradient.abs().sum(dim=(0, 2)).nonzero().flatten().tolist()
+        expected = list(range(c * k, c * (k + 1)))
+        if name == "max_pool":  # of a feature one memory wins
+            expected = [j for j in expected if j in reached]
+        what = f"memories of {c * n} that reach slot {k} of {name}"
+        holds(reached == expected and reached, what, expected, reached)
+        moved = impl.compress(model, 0, old[:, c:], usage[:, c:])
+        close(f"{name}, its input moved by c = {c}", moved, slots[:, 1:], impl.tolerance)
+
+
+@check(case=cases(steps=ONE_STEP, n_layers=3, d_model=12, compression=PARAMETRIC))
+def test_CMP_3_layers_share_no_compression_parameter(impl: Implementation, case: Case):
+    model = impl.build(case.settings)
+    layers = impl.compression_parameters(model)
+    holds(all(layers), "layers with compression parameters", "all", [len(x) for x in layers])
     storages = [parameter.data_ptr() for layer in layers for parameter in layer]
-    assert len(set(storages)) == len(storages)
-    old, usage = block(settings, 2)
-    one, two, three = (adapter.compress(model, i, old, usage) for i in range(3))
-    assert not torch.allclose(one, two) and not torch.allclose(two, three)
+    holds(len(set(storages)) == len(storages), "their parameters", "apart", "shared")
 
 
-@pytest.mark.parametrize("name", COMPRESSIONS)
-@given(settings=settings(), n=st.integers(1, 4))
-def test_CMP_4_every_function_equals_its_definition_by_loops(adapter: Adapter, settings, name, n):
-    model = build(adapter, settings._replace(compression=name))
-    old, usage = block(settings, n)
-    weights = oracle.lists(adapter.weights(model))["layers"][0]
-    slots = adapter.compress(model, 0, old, usage)
-    for row in range(2):
-        expected = oracle.compress(
-            name, weights, old[row].tolist(), usage[row].tolist(), settings.compression_rate
-        )
-        torch.testing.assert_close(slots[row], torch.tensor(expected), rtol=0, atol=1e-12)
+@check(case=cases(steps=ONE_STEP, n_layers=3, d_model=12, compression=PARAMETRIC))
+def test_CMP_3_layers_compress_by_parameters_of_their_own(impl: Implementation, case: Case):
+    """A layer's f_c moves with its own parameters and no other layer's."""
+    model, (old, usage) = impl.build(case.settings), block(impl, case.settings, 2)
+    before = [impl.compress(model, i, old, usage) for i in range(3)]
+    for k, layer in enumerate(impl.compression_parameters(model)):
+        with torch.no_grad():
+            for parameter in layer:
+                parameter.mul_(1.5)
+        after = [impl.compress(model, i, old, usage) for i in range(3)]
+        moved = [i for i in range(3) if not torch.equal(before[i], after[i])]
+        holds(moved == [k], f"layers whose f_c moves with that of layer {k}", [k], moved)
+        before = after
 
 
-@given(settings=settings(compression="most_used"), n=st.integers(1, 3))
-def test_CMP_4_of_equally_used_memories_the_older_stay(adapter: Adapter, settings, n):
-    model = build(adapter, settings)
-    old, usage = block(settings, n)
-    slots = adapter.compress(model, 0, old, torch.ones_like(usage))
-    assert torch.equal(slots, old[:, :n])
+def by_loops(
+    impl: Implementation, model: nn.Module, settings: Settings, old: Tensor, usage: Tensor
+) -> Tensor:
+    """f_c of `[B, c*n, D]` by its definition."""
+    name, c, D = settings.compression, settings.compression_rate, settings.d_model
+    weights: dict = {}
+    if name == "dilated_conv":
+        weights = oracle.lists(impl.weights(model))["layers"][0]
+    if name == "conv":  # an affine map of c memories: read it off, a number of its input at a time
+        inputs = torch.cat([torch.zeros(1, c * D), torch.eye(c * D)]).to(old).view(-1, c, D)
+        slots = impl.compress(model, 0, inputs, inputs.new_zeros(len(inputs), c))[:, 0]
+        kernel = (slots[1:] - slots[0]).view(c, D, D)
+        weights = {"convolution": kernel.tolist(), "convolution_bias": slots[0].tolist()}
+    rows = zip(old.tolist(), usage.tolist(), strict=True)
+    return torch.tensor([oracle.compress(name, weights, *row, c) for row in rows], dtype=impl.dtype)
+
+
+@check(case=cases(steps=ONE_STEP), n=st.integers(1, 4))
+def test_CMP_4_every_function_equals_its_definition_by_loops(
+    impl: Implementation, case: Case, n: int
+):
+    for name, model in each(impl, case, COMPRESSIONS):
+        if name == "dilated_conv" and not hasattr(impl.adapter, "weights"):
+            continue
+        old, usage = block(impl, case.settings, n)
+        with torch.no_grad():
+            settings = case.settings._replace(compression=name)
+            expected = by_loops(impl, model, settings, old, usage)
+            slots = impl.compress(model, 0, old, usage)
+        close(f"{name} of {list(old.shape)}", slots, expected, impl.tolerance)
+
+
+@check(case=cases(steps=ONE_STEP, compression="most_used"), n=st.integers(1, 3))
+def test_CMP_4_of_equally_used_memories_the_older_stay(impl: Implementation, case: Case, n: int):
+    model, (old, usage) = impl.build(case.settings), block(impl, case.settings, n)
+    slots = impl.compress(model, 0, old, torch.ones_like(usage))
+    close("most_used of equally used memories", slots, old[:, :n])

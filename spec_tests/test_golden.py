@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapter import Adapter, Settings, Slots
 from torch import Tensor
+
+from .adapter import Settings
+from .adapters.reference import Adapter
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "first_author.json").read_text())
 SIZES = GOLDEN["sizes"]
@@ -20,6 +22,8 @@ SETTINGS = Settings(
     c_mem_len=0,
     compression_rate=SIZES["compression_rate"],
 )
+
+adapter = Adapter()
 
 
 def close(found: Tensor, expected: Any) -> None:
@@ -35,7 +39,7 @@ def load(views: dict[str, Tensor], numbers: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("norm", ["pre_norm", "post_norm"])
-def test_three_steps_of_a_transformer_xl(adapter: Adapter, norm: str):
+def test_three_steps_of_a_transformer_xl(norm: str):
     tower = GOLDEN[norm]
     model = adapter.build(SETTINGS._replace(norm_first=norm == "pre_norm")).double()
     for views, numbers in zip(adapter.weights(model)["layers"], tower["layers"], strict=True):
@@ -44,19 +48,19 @@ def test_three_steps_of_a_transformer_xl(adapter: Adapter, norm: str):
         with torch.no_grad():  # they scale the queries before adding the biases, we after
             for name in ("content_bias", "position_bias"):
                 views[name].mul_(SIZES["head_width"] ** 0.5)
-    memory = [Slots(torch.tensor(m), torch.tensor(m)[:, :0]) for m in tower["initial_memory"]]
+    memory = [(torch.tensor(m), torch.tensor(m)[:, :0]) for m in tower["initial_memory"]]
     state = adapter.replace(adapter.start(model, SIZES["batch"]), memory)
     for step in tower["steps"]:
         h, state, attention = adapter.layers(model, torch.tensor(step["input"]), state)
         close(h, step["output"])
         for layer, expected in zip(adapter.read(state), step["memory"], strict=True):
-            close(layer.mem, expected)
+            close(layer[0], expected)
         for weights, expected in zip(attention, step["attention"], strict=True):
             close(weights, expected)
 
 
 @pytest.mark.parametrize("name", ["attention", "autoencoding"])
-def test_compression_losses_and_their_gradients(adapter: Adapter, name: str):
+def test_compression_losses_and_their_gradients(name: str):
     numbers = GOLDEN[f"{name}_loss"]
     settings = SETTINGS._replace(c_mem_len=4, compression_loss=name)
     model = adapter.build(settings).double()
@@ -79,11 +83,11 @@ def test_compression_losses_and_their_gradients(adapter: Adapter, name: str):
         assert torch.equal(views[name], unchanged), name
 
 
-def test_relative_shift(adapter: Adapter):
+def test_relative_shift():
     numbers = GOLDEN["rel_shift"]
     close(adapter.relative_shift(torch.tensor(numbers["input"])), numbers["output"])
 
 
-def test_sinusoid(adapter: Adapter):
+def test_sinusoid():
     numbers = GOLDEN["sinusoid"]
     close(adapter.sinusoid(numbers["length"], numbers["width"]), numbers["output"])

@@ -1,209 +1,303 @@
 """MEM: what is remembered, compressed and forgotten."""
 
-import hypothesis
+from collections.abc import Iterator
+
 import torch
-from adapter import Adapter, Settings, Slots
-from hypothesis import given
-from hypothesis import strategies as st
-from support import STRIDED, build, filled, run, schedules, settings, slots, tokens, wide_twin
 from torch import Tensor
 
-
-def evictions(settings: Settings, held: int) -> int:
-    """How many of the slots held leave the memory (SPEC, one step): c * ceil(overflow / c), and
-    exactly the overflow when there is no compressed memory."""
-    if settings.c_mem_len == 0:
-        return max(0, held - settings.mem_len)
-    leave = 0
-    while held - leave > settings.mem_len:
-        leave += settings.compression_rate
-    return leave
+from .implementation import Implementation, Slots, not_claimed
+from .support import (
+    PARAMETRIC,
+    WHOLE,
+    Case,
+    block_of,
+    cases,
+    changed,
+    check,
+    close,
+    evicted,
+    filled,
+    fit,
+    holds,
+    joined,
+    simulate,
+    tokens,
+)
 
 
 def newest(x: Tensor, n: int) -> Tensor:
     return x[:, max(0, x.size(1) - n) :]
 
 
-def each_layer_of_each_step(adapter: Adapter, settings: Settings, schedule: list[int]):
-    """Run a stream; for each step and layer give its number, what was held in memory before the
-    eviction, and the memories before and after."""
-    model = build(adapter, settings)
-    twin = wide_twin(adapter, model, settings)
-    text, state = tokens(settings, 2, sum(schedule)), adapter.start(model, 2)
-    for segment in text.split(schedule, dim=1):
-        held = adapter.read(adapter.step(twin, segment, state).state)
-        before, step = adapter.read(state), adapter.step(model, segment, state)
-        after, state = adapter.read(step.state), step.state
-        for i in range(settings.n_layers):
-            yield model, i, held[i].mem, before[i], after[i]
+def layer_by_layer(
+    impl: Implementation, case: Case
+) -> Iterator[tuple[torch.nn.Module, int, str, Tensor, Slots, Slots]]:
+    """Run a stream; for each step and layer the model, the layer, where this is, what memory holds
+    once the layer's input has joined, and the memories before and after."""
+    settings, schedule = case
+    model, text = impl.build(settings), tokens(settings, 2, sum(schedule))
+    long = impl.twin(model, fit(impl.declared, settings._replace(mem_len=1000), schedule).settings)
+    state = impl.start(model, 2)
+    for n, segment in enumerate(text.split(schedule, dim=1)):
+        before, step = impl.read(state), impl.step(model, segment, state)
+        held = joined(impl, long, segment, state, step.state)
+        state = step.state
+        for i, after in enumerate(impl.read(state)):
+            where = f"in layer {i} after step {n} of segments of {schedule}"
+            yield model, i, where, held[i], before[i], after
 
 
-@given(settings=settings(), schedule=schedules)
-def test_MEM_1_memory_is_the_newest_slots_oldest_first(adapter: Adapter, settings, schedule):
-    for _, _, held, before, after in each_layer_of_each_step(adapter, settings, schedule):
-        leave = evictions(settings, held.size(1))
-        assert torch.equal(held[:, : before.mem.size(1)], before.mem)
-        assert torch.equal(after.mem, held[:, leave:])
+@check(case=cases())
+def test_MEM_1_memory_is_the_newest_slots_oldest_first(impl: Implementation, case: Case):
+    for _, _, where, held, before, after in layer_by_layer(impl, case):
+        blocks, leave = evicted(impl.declared, case.settings, held.size(1))
+        kept = held.size(1) - leave
+        close(f"what was in memory before, {where}", held[:, : before.mem.size(1)], before.mem)
+        causes = {
+            "the newest were evicted instead of the oldest": held[:, :kept],
+            "the newest slot comes first": held[:, leave:].flip(1),
+            "it begins one slot too early": held[:, max(0, leave - 1) :][:, :kept],
+        }
+        close(f"memory {where}", after.mem, held[:, leave:], causes=causes)
+        old = newest(before.c_mem, case.settings.c_mem_len - len(blocks))
+        old = old if len(blocks) < case.settings.c_mem_len else old[:, :0]
+        causes = {
+            "new compressed slots are put before the old ones": newest(after.c_mem, old.size(1))
+        }
+        found = after.c_mem[:, : old.size(1)]
+        close(f"compressed memory kept from before, {where}", found, old, causes=causes)
 
 
-@given(settings=settings(), schedule=schedules)
-def test_MEM_2_memories_never_exceed_their_lengths(adapter: Adapter, settings, schedule):
-    model = build(adapter, settings)
-    for step in run(adapter, model, tokens(settings, 1, sum(schedule)), schedule):
-        for mem, c_mem in adapter.read(step.state):
-            assert mem.size(1) <= settings.mem_len
-            assert c_mem.size(1) <= settings.c_mem_len
+@check(case=cases())
+def test_MEM_2_memories_never_exceed_their_lengths(impl: Implementation, case: Case):
+    never_too_long(impl, case)
 
 
-@given(settings=settings(vocab_size=40, compression="mean_pool"))
-def test_MEM_3_every_token_is_in_one_slot_or_forgotten(adapter: Adapter, settings):
-    """Tokens are told apart by their stored vectors, compressed slots by being their means."""
-    schedule = [1, 5, 3, 1, 6, 2, 4, 8, 1, 1]
-    model = build(adapter, settings)
-    twin = wide_twin(adapter, model, settings)
-    alone = torch.arange(settings.vocab_size)[:, None]
-    state = adapter.step(twin, alone, adapter.start(twin, settings.vocab_size)).state
-    stored = adapter.read(state)[0].mem[:, 0]  # each token's slot in the first layer
-    text = torch.randperm(settings.vocab_size)[None, : sum(schedule)]
-    c, fed = settings.compression_rate, 0
-    for T, step in zip(schedule, run(adapter, model, text, schedule), strict=True):
-        fed += T
-        mem, c_mem = adapter.read(step.state)[0]
-        in_mem = list(range(fed - mem.size(1), fed))
-        compressed = (fed - mem.size(1)) // c  # blocks since the start, forgotten ones included
-        if settings.c_mem_len > 0:
-            assert compressed * c + mem.size(1) == fed
-            assert c_mem.size(1) == min(compressed, settings.c_mem_len)
-        torch.testing.assert_close(mem[0], stored[text[0, in_mem]], rtol=0, atol=1e-12)
-        blocks = stored[text[0, : compressed * c]].unflatten(0, (compressed, c)).mean(dim=1)
-        kept = blocks[compressed - c_mem.size(1) :]
-        torch.testing.assert_close(c_mem[0], kept, rtol=0, atol=1e-12)
+@check(case=cases(steps=(2, 6), c_mem_len=0))
+def test_MEM_2_nothing_is_compressed_into_a_length_of_zero(impl: Implementation, case: Case):
+    never_too_long(impl, case)
 
 
-@given(settings=settings(), schedule=schedules)
-def test_MEM_4_c_n_memories_become_n_slots_and_only_on_overflow(
-    adapter: Adapter, settings, schedule
-):
-    for _, _, held, before, after in each_layer_of_each_step(adapter, settings, schedule):
-        leave = evictions(settings, held.size(1))
-        made = leave // settings.compression_rate if settings.c_mem_len > 0 else 0
-        total = before.c_mem.size(1) + made
-        assert after.c_mem.size(1) == min(total, settings.c_mem_len)
-        assert after.mem.size(1) == held.size(1) - leave
-    model = build(adapter, settings)
-    T = max(1, settings.mem_len)
-    step = adapter.step(model, tokens(settings, 1, T), adapter.start(model, 1))
-    if settings.mem_len > 0:
-        assert step.loss == 0
+@check(case=cases(steps=(2, 6), mem_len=0, compression_rate=1))
+def test_MEM_2_nothing_is_kept_in_a_memory_of_length_zero(impl: Implementation, case: Case):
+    never_too_long(impl, case)
 
 
-@given(settings=settings(), schedule=schedules, data=st.data())
-def test_MEM_5_new_slots_are_the_layers_own_compression_of_what_left(
-    adapter: Adapter, settings, schedule, data
-):
-    """(most_used needs the attention received: the oracle compares it.)"""
-    name = data.draw(st.sampled_from([*STRIDED, "dilated_conv"]), label="compression")
-    settings = settings._replace(compression=name)
-    for model, i, held, before, after in each_layer_of_each_step(adapter, settings, schedule):
-        old = held[:, : evictions(settings, held.size(1))]
-        c_mem = before.c_mem
-        if settings.c_mem_len > 0:
-            new = adapter.compress(model, i, old, old.new_zeros(old.shape[:2]))
-            c_mem = torch.cat([c_mem, new], dim=1)
-        expected = newest(c_mem, settings.c_mem_len)
-        torch.testing.assert_close(after.c_mem, expected, rtol=0, atol=1e-12)
+def never_too_long(impl: Implementation, case: Case) -> None:
+    settings, schedule = case
+    model = impl.build(settings)
+    text = tokens(settings, 1, sum(schedule))
+    for n, step in enumerate(impl.run(model, text, schedule)):
+        for i, slots in enumerate(impl.read(step.state)):
+            for name, part, most in zip(Slots._fields, slots, settings[5:7], strict=True):
+                what = f"slots of {name} in layer {i} after step {n} of segments of {schedule}"
+                holds(part.size(1) <= most, what, f"at most {most}", part.size(1))
 
 
-@given(settings=settings(compression="conv", c_mem_len=3), T=st.integers(1, 6))
-def test_MEM_6_slots_are_first_read_in_the_step_after_the_one_that_made_them(
-    adapter: Adapter, settings, T
-):
-    model = build(adapter, settings)
-    state = filled(adapter, model, settings)
-    text, after = tokens(settings, 2, T), tokens(settings, 2, 1, seed=1)
-    step = adapter.step(model, text, state)
-    following = adapter.step(model, after, step.state)
+def carried_by_slots(impl: Implementation, case: Case) -> Iterator[tuple[Slots, Slots]]:
+    """After each step the slots of the first layer, for a text and, row by row, for the text with
+    one other token."""
+    settings, schedule = case
+    model, length = impl.build(settings), sum(schedule)
+    text = tokens(settings, 1, length)
     with torch.no_grad():
-        for layer in adapter.compression_parameters(model):
+        plain = impl.run(model, text.expand(length, length), schedule)
+        other = impl.run(model, changed(text, settings.vocab_size), schedule)
+    for one, two in zip(plain, other, strict=True):
+        yield impl.read(one.state)[0], impl.read(two.state)[0]
+
+
+@check(case=cases(compression=WHOLE, n_layers=1, rest=True))
+def test_MEM_3_every_token_is_in_one_slot_or_forgotten(impl: Implementation, case: Case):
+    """A token is in the slots that change when it does: the first layer's inputs are the tokens."""
+    expected = simulate(impl.declared, case)
+    for n, (plain, other) in enumerate(carried_by_slots(impl, case)):
+        for part, name in enumerate(Slots._fields):
+            slots = expected[n][1 + part][0]
+            what = f"{name} after step {n} of segments of {case.schedule}"
+            holds(
+                plain[part].size(1) == len(slots),
+                f"number of slots of {what}",
+                len(slots),
+                plain[part].size(1),
+            )
+            differs = (plain[part] != other[part]).any(dim=-1)  # [token, slot]
+            for k, tokens_in in enumerate(slots):
+                found = set(differs[:, k].nonzero().flatten().tolist())
+                holds(
+                    found == tokens_in,
+                    f"tokens in slot {k} of {what}",
+                    tokens_in or "none",
+                    found or "none",
+                )
+
+
+@check(case=cases(rest=True))
+def test_MEM_4_c_n_memories_become_n_slots_and_only_on_overflow(impl: Implementation, case: Case):
+    settings = case.settings
+    for _, _, where, held, before, after in layer_by_layer(impl, case):
+        blocks, leave = evicted(impl.declared, settings, held.size(1))
+        total = before.c_mem.size(1) + len(blocks)
+        expected = [held.size(1) - leave, min(total, settings.c_mem_len)]
+        got = [after.mem.size(1), after.c_mem.size(1)]
+        what = f"slots of memory and compressed memory {where}, of {held.size(1)} held"
+        holds(got == expected, what, expected, got)
+
+
+@check(case=cases(steps=(1, 1)))
+def test_MEM_4_the_loss_is_zero_while_nothing_overflows(impl: Implementation, case: Case):
+    if impl.declared.start == "zeros":
+        not_claimed("memories overflow from the start")
+    settings, (T,) = case
+    settings, _ = fit(impl.declared, settings._replace(mem_len=max(T, settings.mem_len)), [T])
+    model = impl.build(settings).train()
+    step = impl.step(model, tokens(settings, 2, T), impl.start(model, 2))
+    holds(step.loss == 0, f"compression loss after {T} tokens", 0, step.loss.item())
+    for layer in impl.read(step.state):
+        holds(layer.c_mem.size(1) == 0, "compressed slots", 0, layer.c_mem.size(1))
+
+
+@check(case=cases(compression=(*WHOLE, "max_pool", "dilated_conv")))
+def test_MEM_5_new_slots_are_the_layers_own_compression_of_what_left(
+    impl: Implementation, case: Case
+):
+    settings = case.settings
+    for model, i, where, held, _, after in layer_by_layer(impl, case):
+        blocks, leave = evicted(impl.declared, settings, held.size(1))
+        if not blocks:
+            continue
+
+        def compressed(held: Tensor, layer: int, blocks: list = blocks, model=model) -> Tensor:
+            old = block_of(held, blocks)
+            new = impl.compress(model, layer, old, old.new_zeros(old.shape[:2]))
+            return newest(new, settings.c_mem_len)
+
+        new = compressed(held, i)
+        causes = {"f_c is another layer's": compressed(held, (i + 1) % settings.n_layers)}
+        if held.size(1) >= 2 * leave:
+            causes["the memories that stay are compressed"] = compressed(held[:, leave:], i)
+        found = after.c_mem[:, after.c_mem.size(1) - new.size(1) :]
+        close(f"new compressed slots {where}", found, new, impl.tolerance, causes)
+
+
+@check(case=cases(steps=(1, 1), compression=PARAMETRIC))
+def test_MEM_6_slots_made_in_a_step_are_first_read_in_the_next(impl: Implementation, case: Case):
+    """With another f_c a step is the same and the next one another."""
+    settings, (T,) = case
+    model = impl.build(settings)
+    state = filled(impl, model, settings, T)
+    text, after = tokens(settings, 2, T), tokens(settings, 2, T)
+    with torch.no_grad():
+        step = impl.step(model, text, state)
+        following = impl.step(model, after, step.state)
+        for layer in impl.compression_parameters(model):
             for parameter in layer:
                 parameter.mul_(-2)
-    again = adapter.step(model, text, state)
-    assert torch.equal(again.logits, step.logits)
-    assert not torch.equal(adapter.step(model, after, again.state).logits, following.logits)
+        again = impl.step(model, text, state)
+        close("logits of a step with another f_c", again.logits, step.logits)
+        other = impl.step(model, after, again.state).logits
+    holds((other != following.logits).any(), "logits of the step after", "others", "the same")
 
 
-@given(settings=settings(n_layers=3, vocab_size=30), T=st.integers(1, 4))
-def test_MEM_7_layers_remember_their_own_inputs(adapter: Adapter, settings, T):
-    """A layer's parameters reach the memories of the layers above it and no others; its own memory
-    holds its input, in pre-norm normalised, which the oracle shows."""
-    model = build(adapter, settings._replace(mem_len=max(T, 4)))
-    text, start = tokens(settings, 2, T), adapter.start(model, 2)
-    before = adapter.read(adapter.step(model, text, start).state)
-    assert all(not torch.equal(before[0].mem, layer.mem) for layer in before[1:])
+@check(case=cases(steps=(1, 1), n_layers=3))
+def test_MEM_7_layers_remember_their_own_inputs(impl: Implementation, case: Case):
+    """A layer's parameters move the memories of the layers above it and no others: change each
+    parameter of the model by itself, and look which memories change."""
+    settings, (T,) = case
+    settings, _ = fit(impl.declared, settings._replace(mem_len=max(T, settings.mem_len) + 3), [T])
+    model, text = impl.build(settings), tokens(settings, 2, T)
+
+    def memories() -> list[Tensor]:
+        return [x.mem for x in impl.read(impl.step(model, text, impl.start(model, 2)).state)]
+
     with torch.no_grad():
-        adapter.weights(model)["layers"][1]["output"].mul_(-2)
-    after = adapter.read(adapter.step(model, text, start).state)
-    same = [torch.equal(a.mem, b.mem) for a, b in zip(before, after, strict=True)]
-    assert same == [True, True, False]
+        before, firsts = memories(), set()
+        for name, parameter in model.named_parameters():
+            kept = parameter.clone()
+            parameter.mul_(-1.5)
+            pairs = zip(before, memories(), strict=True)
+            moved = [i for i, (a, b) in enumerate(pairs) if not torch.equal(a, b)]
+            parameter.copy_(kept)
+            if moved:
+                firsts.add(moved[0])
+                above = list(range(moved[0], 3))
+                holds(moved == above, f"layers whose memory moves with {name}", above, moved)
+    holds(
+        firsts == {0, 1, 2}, "lowest layers whose memory moves with a parameter", [0, 1, 2], firsts
+    )
 
 
-@given(settings=settings(), T=st.integers(1, 6), dtype=st.sampled_from(["float32", "float64"]))
-def test_MEM_8_memories_are_not_changed_nor_carry_a_gradient(adapter: Adapter, settings, T, dtype):
-    model = build(adapter, settings).to(getattr(torch, dtype)).train()
-    full = slots(settings, 2, settings.mem_len, settings.c_mem_len)
-    handed = [Slots(*(part.to(getattr(torch, dtype)) for part in layer)) for layer in full]
-    copies = [Slots(*(part.clone() for part in layer)) for layer in handed]
-    state = adapter.replace(adapter.start(model, 2), handed)
-    step = adapter.step(model, tokens(settings, 2, T), state)
-    (step.logits.sum() + step.loss).backward()
-    for layer, copy, returned in zip(handed, copies, adapter.read(step.state), strict=True):
-        for was, is_now, new in zip(copy, layer, returned, strict=True):
-            assert torch.equal(was, is_now)
-            assert not new.requires_grad
-            assert (new.dtype, new.device) == (was.dtype, was.device)
-
-
-def simulate(settings: Settings, schedule: list[int]) -> list[set[int]]:
-    """For each position of the stream the tokens that its logits depend on, by following for each
-    slot of each layer the set of tokens that it carries."""
-    mem: list[list[set[int]]] = [[] for _ in range(settings.n_layers)]
-    c_mem: list[list[set[int]]] = [[] for _ in range(settings.n_layers)]
-    reached: list[set[int]] = []
-    for T in schedule:
-        h = [{len(reached) + t} for t in range(T)]
-        for i in range(settings.n_layers):
-            x, seen = h, set().union(*c_mem[i], *mem[i])
-            h = [seen.union(*x[: t + 1]) for t in range(T)]
-            mem[i] = mem[i] + x
-            leave = evictions(settings, len(mem[i]))
-            old, mem[i] = mem[i][:leave], mem[i][leave:]
-            if settings.c_mem_len > 0:
-                for k in range(0, leave, settings.compression_rate):
-                    c_mem[i].append(set().union(*old[k : k + settings.compression_rate]))
-                c_mem[i] = c_mem[i][-settings.c_mem_len :]
-        reached += h
-    return reached
-
-
-@given(settings=settings(), schedule=schedules, data=st.data())
-@hypothesis.settings(max_examples=150)
-def test_MEM_9_a_token_reaches_exactly_what_the_memories_carry_it_to(
-    adapter: Adapter, settings, schedule, data
+@check(case=cases(steps=(1, 1)))
+def test_MEM_1_MEM_7_the_first_layer_remembers_the_tokens_in_order(
+    impl: Implementation, case: Case
 ):
-    """Change token i in row i of a batch: logits change where, and only where, the simulation says
-    (the same row of the unchanged batch is the same arithmetic: nothing else can differ)."""
-    name = data.draw(st.sampled_from(["conv", "mean_pool"]), label="compression")
-    settings = settings._replace(compression=name)
-    model = build(adapter, settings)
-    length = sum(schedule)
-    text = tokens(settings, 1, length).expand(length, length)
-    changed = (text + torch.eye(length, dtype=torch.int64)) % settings.vocab_size
+    """Its slots depend on their own token alone, the other layers' on those before, too."""
+    settings, (T,) = case
+    settings, _ = fit(impl.declared, settings._replace(mem_len=T + 3, n_layers=2), [T])
+    model, text = impl.build(settings), tokens(settings, 1, T)
     with torch.no_grad():
         plain, other = (
-            torch.cat([step.logits for step in run(adapter, model, x, schedule)], dim=1)
-            for x in (text, changed)
+            impl.read(impl.step(model, x, impl.start(model, T)).state)
+            for x in (text.expand(T, T), changed(text, settings.vocab_size))
         )
+    for i in range(2):
+        moved = (newest(plain[i].mem, T) != newest(other[i].mem, T)).any(dim=-1)  # [token, slot]
+        expected = torch.eye(T, dtype=torch.bool) if i == 0 else torch.ones(T, T).triu().bool()
+        what = f"slots of layer {i} that a changed token moves, token by token"
+        holds(torch.equal(moved, expected), what, expected.int().tolist(), moved.int().tolist())
+
+
+@check(case=cases())
+def test_MEM_8_memories_are_not_changed_nor_carry_a_gradient(impl: Implementation, case: Case):
+    unchanged_and_cut_off(impl, case, impl.dtype)
+
+
+@check(case=cases())
+def test_MEM_8_memories_keep_the_dtype_float32(impl: Implementation, case: Case):
+    torch.set_default_dtype(torch.float32)
+    try:
+        unchanged_and_cut_off(impl, case, torch.float32)
+    finally:
+        torch.set_default_dtype(impl.dtype)
+
+
+def unchanged_and_cut_off(impl: Implementation, case: Case, dtype: torch.dtype) -> None:
+    settings, schedule = case
+    model = impl.build(settings).to(dtype).train()
+    state = impl.start(model, 2)
+    for n, segment in enumerate(tokens(settings, 2, sum(schedule)).split(schedule, dim=1)):
+        handed = impl.read(state)
+        copies = [Slots(*(part.clone() for part in layer)) for layer in handed]
+        step = impl.step(model, segment, state)
+        (step.logits.sum() + step.loss).backward()
+        for i, (was, now) in enumerate(zip(copies, impl.read(state), strict=True)):
+            for name, a, b in zip(Slots._fields, was, now, strict=True):
+                close(f"{name} handed to layer {i}, after step {n}", b, a)
+        state = step.state
+        for i, layer in enumerate(impl.read(state)):
+            for name, part in zip(Slots._fields, layer, strict=True):
+                what = f"{name} that layer {i} handed back in step {n}"
+                holds(not part.requires_grad, f"{what}, its gradient", "none", part.grad_fn)
+                expected = [segment.device, dtype]
+                holds(
+                    [part.device, part.dtype] == expected, what, expected, [part.device, part.dtype]
+                )
+
+
+@check(case=cases(steps=(2, 8), compression=WHOLE))
+def test_MEM_9_a_token_reaches_exactly_what_the_memories_carry_it_to(
+    impl: Implementation, case: Case
+):
+    """Change token i in row i of a batch: logits change where, and only where, sets of tokens in
+    the place of vectors say (the same row of the unchanged batch is the same arithmetic)."""
+    settings, schedule = case
+    model, length = impl.build(settings), sum(schedule)
+    text = tokens(settings, 1, length)
+    plain = impl.logits(model, text.expand(length, length), schedule)
+    other = impl.logits(model, changed(text, settings.vocab_size), schedule)
     differs = (plain != other).any(dim=-1)  # [changed token, position]
-    reached = simulate(settings, schedule)
-    expected = [[i in reached[t] for t in range(length)] for i in range(length)]
-    assert differs.tolist() == expected
+    reached = [tokens for step in simulate(impl.declared, case) for tokens in step.positions]
+    for t in range(length):
+        found = set(differs[:, t].nonzero().flatten().tolist())
+        what = f"tokens that reach the logits at {t} of segments of {schedule}"
+        holds(found == reached[t], what, reached[t], found)

@@ -1,197 +1,161 @@
 """MOD: the model as a whole."""
 
 import io
+from collections.abc import Callable
 
-import pytest
 import torch
-from adapter import Adapter, Settings, Slots
-from hypothesis import given
-from hypothesis import strategies as st
-from support import build, run, schedules, settings, slots, tokens
+
+from .adapter import Settings
+from .implementation import Implementation, Slots, not_claimed
+from .support import Case, cases, check, close, fit, holds, random_slots, simulate, tokens
 
 
-@given(settings=settings(c_mem_len=0), schedule=schedules)
-def test_MOD_1_without_compressed_memory_it_is_transformer_xl(adapter: Adapter, settings, schedule):
-    """Its memory is the newest mem_len inputs, whatever the compression; each segment's logits are
-    those of a model that compresses, handed that memory and nothing compressed."""
-    model = build(adapter, settings)
-    wider = settings._replace(mem_len=settings.mem_len + 3, c_mem_len=2)
-    compressing = adapter.build(wider).double().eval()
-    compressing.load_state_dict(model.state_dict())
-    text, state, fed = tokens(settings, 2, sum(schedule)), adapter.start(model, 2), 0
-    for segment in text.split(schedule, dim=1):
-        expected = adapter.step(compressing, segment, state).logits
-        step = adapter.step(model, segment, state)
-        assert torch.equal(step.logits, expected)
-        assert step.loss == 0
+@check(case=cases(zeros=True, c_mem_len=0))
+def test_MOD_1_without_compressed_memory_it_is_transformer_xl(impl: Implementation, case: Case):
+    """Memory is the newest mem_len inputs and nothing is compressed; the logits are those of a
+    model that compresses, handed that memory."""
+    settings, schedule = case
+    model = impl.build(settings)
+    other = settings._replace(mem_len=settings.mem_len + 3, c_mem_len=2)
+    compressing = impl.twin(model, fit(impl.declared, other, schedule).settings)
+    state, fed = impl.start(model, 2), 0
+    expected = simulate(impl.declared, case)
+    for n, segment in enumerate(tokens(settings, 2, sum(schedule)).split(schedule, dim=1)):
+        step = impl.step(model, segment, state)
+        where = f"in step {n} of segments of {schedule}"
+        if compressing is not None and impl.declared.start == "empty":
+            same = impl.step(compressing, segment, state).logits
+            close(f"logits {where}", step.logits, same)
+        holds(step.loss == 0, f"compression loss {where}", 0, step.loss.item())
         state, fed = step.state, fed + segment.size(1)
-        for mem, c_mem in adapter.read(state):
-            assert (mem.size(1), c_mem.size(1)) == (min(fed, settings.mem_len), 0)
+        lengths = [len(expected[n].mem[0]), 0]
+        for mem, c_mem in impl.read(state):
+            found = [mem.size(1), c_mem.size(1)]
+            holds(
+                found == lengths, f"slots of memory and compressed memory {where}", lengths, found
+            )
 
 
-@given(settings=settings(mem_len=0, c_mem_len=0), schedule=schedules)
-def test_MOD_1_without_memory_it_is_a_causal_transformer(adapter: Adapter, settings, schedule):
-    model = build(adapter, settings)
-    text = tokens(settings, 2, sum(schedule))
-    steps = run(adapter, model, text, schedule)
-    for segment, step in zip(text.split(schedule, dim=1), steps, strict=True):
-        fresh = adapter.step(model, segment, adapter.start(model, 2))
-        assert torch.equal(step.logits, fresh.logits)
+@check(case=cases(mem_len=0, c_mem_len=0))
+def test_MOD_1_without_memory_it_is_a_causal_transformer(impl: Implementation, case: Case):
+    settings, schedule = case
+    model, text = impl.build(settings), tokens(settings, 2, sum(schedule))
+    steps = impl.run(model, text, schedule)
+    for n, (segment, step) in enumerate(zip(text.split(schedule, dim=1), steps, strict=True)):
+        fresh = impl.step(model, segment, impl.start(model, 2))
+        close(f"logits of segment {n}, of {schedule}", step.logits, fresh.logits)
 
 
-@given(settings=settings(), schedule=schedules)
-def test_MOD_2_training_and_evaluation_mode_agree(adapter: Adapter, settings, schedule):
-    model, text = build(adapter, settings), tokens(settings, 2, sum(schedule))
-    evaluated = run(adapter, model, text, schedule)
-    again = run(adapter, model, text, schedule)
-    model.train()
-    trained = run(adapter, model, text, schedule)
-    for one, two, three in zip(evaluated, again, trained, strict=True):
-        for other in (two, three):
-            assert torch.equal(one.logits, other.logits)
-            assert torch.equal(one.loss, other.loss)
-            for a, b in zip(adapter.read(one.state), adapter.read(other.state), strict=True):
-                assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+@check(case=cases())
+def test_MOD_2_training_and_evaluation_mode_agree(impl: Implementation, case: Case):
+    settings, schedule = case
+    model, text = impl.build(settings), tokens(settings, 2, sum(schedule))
+    evaluated = impl.run(model, text, schedule)
+    for mode in ("evaluation", "training"):
+        others = impl.run(model.train(mode == "training"), text, schedule)
+        for n, (one, other) in enumerate(zip(evaluated, others, strict=True)):
+            where = f"in step {n}, once more in {mode} mode"
+            close(f"logits {where}", other.logits, one.logits)
+            if mode == "evaluation" or impl.declared.loss_in_eval:
+                close(f"compression loss {where}", other.loss, one.loss)
+            for a, b in zip(impl.read(one.state), impl.read(other.state), strict=True):
+                for was, found in zip(a, b, strict=True):
+                    close(f"memories {where}", found, was)
 
 
-@given(settings=settings(), T=st.integers(1, 6))
-def test_MOD_3_a_saved_and_loaded_state_continues(adapter: Adapter, settings, T):
-    model, text = build(adapter, settings), tokens(settings, 2, 5 * T)
-    steps = run(adapter, model, text, [T] * 5)
+@check(case=cases(steps=(5, 5)))
+def test_MOD_3_a_saved_and_loaded_state_continues(impl: Implementation, case: Case):
+    settings, schedule = case
+    model, text = impl.build(settings), tokens(settings, 2, sum(schedule))
+    steps = impl.run(model, text, schedule)
     file = io.BytesIO()
     torch.save((model.state_dict(), steps[2].state), file)
     file.seek(0)
     parameters, state = torch.load(file, weights_only=False)
-    other = build(adapter, settings, seed=1)
+    other = impl.build(settings)
     other.load_state_dict(parameters)
-    for i in (3, 4):
-        step = adapter.step(other, text[:, i * T : (i + 1) * T], state)
-        assert torch.equal(step.logits, steps[i].logits)
+    for n, segment in list(enumerate(text.split(schedule, dim=1)))[3:]:
+        step = impl.step(other, segment, state)
+        close(f"logits of step {n}, saved and loaded after step 2", step.logits, steps[n].logits)
         state = step.state
 
 
-@given(settings=settings(), schedule=schedules)
-def test_MOD_4_a_segment_may_have_any_length_after_any_other(adapter: Adapter, settings, schedule):
+@check(case=cases())
+def test_MOD_4_a_segment_may_have_any_length_after_any_other(impl: Implementation, case: Case):
     """A step of a length not seen before is that of a new model of the same parameters."""
-    model, text = build(adapter, settings), tokens(settings, 2, sum(schedule))
-    state = adapter.start(model, 2)
-    for segment in text.split(schedule, dim=1):
-        fresh = build(adapter, settings)
-        step = adapter.step(model, segment, state)
-        assert step.logits.shape == (*segment.shape, settings.vocab_size)
-        assert torch.equal(step.logits, adapter.step(fresh, segment, state).logits)
+    if impl.declared.segments == "full":
+        not_claimed("every segment has the length that the model is built for")
+    settings, schedule = case
+    model, state = impl.build(settings), None
+    state = impl.start(model, 2)
+    for n, segment in enumerate(tokens(settings, 2, sum(schedule)).split(schedule, dim=1)):
+        fresh = impl.twin(model, settings)
+        step = impl.step(model, segment, state)
+        same = impl.step(fresh, segment, state)
+        close(f"logits of step {n}, of segments of {schedule}", step.logits, same.logits)
         state = step.state
 
 
-SMALL = Settings()
+def refused(what: str, call: Callable[[], object], *words: str) -> None:
+    """The call raises an error with these words in it; `a|b` is either."""
+    expected = f"an error that says {', '.join(words)}"
+    try:
+        call()
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    else:
+        raise_nothing = "no error"
+        holds(False, what, expected, raise_nothing)
+    missing = [w for w in words if not any(x.lower() in said.lower() for x in w.split("|"))]
+    holds(not missing, what, expected, f"{said!r}, without {', '.join(missing)}")
 
 
-@pytest.mark.parametrize(
-    ("bad", "error", "message"),
-    [
-        (torch.zeros(2, 3), TypeError, "tokens must be .*int64 or .*int32, got torch.float"),
-        (torch.zeros(3, dtype=torch.long), ValueError, r"tokens must be \[B, T\].*got \[3\]"),
-        (torch.zeros(2, 0, dtype=torch.long), ValueError, r"tokens .* got \[2, 0\]"),
-        (torch.zeros(0, 2, dtype=torch.long), ValueError, r"tokens .* got \[0, 2\]"),
-        (torch.tensor([[3, 11], [0, 1]]), ValueError, r"tokens must lie in \[0, 11\), got 11"),
-        (
-            torch.zeros(2, 3, dtype=torch.int64, device="meta"),
-            ValueError,
-            "tokens must have device cpu, got meta",
-        ),
-        (torch.tensor([[3, -1], [0, 1]]), ValueError, r"tokens must lie in \[0, 11\), got -1"),
-    ],
-)
-def test_MOD_5_wrong_tokens_are_refused(adapter: Adapter, bad, error, message):
-    model = build(adapter, SMALL)
-    with pytest.raises(error, match=message):
-        adapter.step(model, bad, adapter.start(model, 2))
+def with_tokens(impl: Implementation, tokens: torch.Tensor) -> Callable[[], object]:
+    model = impl.build(fit(impl.declared, Settings(vocab_size=17), [4]).settings)
+    return lambda: impl.step(model, tokens, impl.start(model, 2))
 
 
-def one_bad(change):
-    """Memories that fit, but for what `change` does to the second layer's."""
-
-    def make() -> list[Slots]:
-        first, second = slots(SMALL, 2, 4, 3)
-        return [first, change(second)]
-
-    return make
+def test_MOD_5_a_token_out_of_range(impl: Implementation):
+    bad = torch.tensor([[3, 19, 2, 1], [0, 1, 2, 3]])
+    refused("token 19 of a vocabulary of 17", with_tokens(impl, bad), "token|vocab", "17", "19")
 
 
-@pytest.mark.parametrize(
-    ("bad", "error", "message"),
-    [
-        (
-            lambda: slots(SMALL, 3, 4, 3),
-            ValueError,
-            r"mem\[0\] must .*\[2, 4, 8\], got \[3, 4, 8\]",
-        ),
-        (lambda: slots(SMALL, 2, 4, 3)[:1], ValueError, "mem must have 2 layers, got 1"),
-        (
-            lambda: slots(SMALL._replace(d_model=6), 2, 4, 3),
-            ValueError,
-            r"mem\[0\] must .*\[2, 4, 8\], got \[2, 4, 6\]",
-        ),
-        (
-            one_bad(lambda layer: Slots(layer.mem[:, 1:], layer.c_mem)),
-            ValueError,
-            r"mem\[1\] must .*\[2, 4, 8\], got \[2, 3, 8\]",
-        ),
-        (
-            one_bad(lambda layer: Slots(layer.mem, layer.c_mem[0])),
-            ValueError,
-            r"c_mem\[1\] must .*\[2, 3, 8\], got \[3, 8\]",
-        ),
-        (
-            one_bad(lambda layer: Slots(layer.mem, layer.c_mem.float())),
-            TypeError,
-            r"c_mem\[1\] must have dtype torch.float64, got torch.float32",
-        ),
-        (
-            one_bad(lambda layer: Slots(layer.mem.to("meta"), layer.c_mem)),
-            ValueError,
-            r"mem\[1\] must have device cpu, got meta",
-        ),
-    ],
-)
-def test_MOD_5_a_memory_that_does_not_fit_is_refused(adapter: Adapter, bad, error, message):
-    model = build(adapter, SMALL)
-    state = adapter.replace(adapter.start(model, 2), bad())
-    with pytest.raises(error, match=message):
-        adapter.step(model, tokens(SMALL, 2, 3), state)
+def test_MOD_5_tokens_that_are_no_integers(impl: Implementation):
+    bad = torch.zeros(2, 4)
+    refused("tokens of dtype float32", with_tokens(impl, bad), "token|input|x ", "int", "float")
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"d_model": 9}, "d_model must be divisible by n_heads = 2, got 9"),
-        ({"d_model": 9, "n_heads": 3}, "d_model must be even .*, got 9"),
-        ({"d_model": 8.0}, "d_model must be an integer of at least 1, got 8.0"),
-        ({"vocab_size": 0}, "vocab_size must be .*, got 0"),
-        ({"n_heads": 0}, "n_heads must be .*, got 0"),
-        ({"n_layers": 0}, "n_layers must be .*, got 0"),
-        ({"d_ff": -1}, "d_ff must be .*, got -1"),
-        ({"compression_rate": 0}, "compression_rate must be .*, got 0"),
-        ({"mem_len": -1}, "mem_len must be an integer of at least 0, got -1"),
-        ({"mem_len": True}, "mem_len must be an integer of at least 0, got True"),
-        ({"c_mem_len": -1}, "c_mem_len must be an integer of at least 0, got -1"),
-        ({"compression_rate": 6}, "mem_len must be at least compression_rate - 1 = 5, got 4"),
-        ({"compression": "sum"}, "compression must be one of conv, .*, got 'sum'"),
-        ({"compression_loss": "l2"}, "compression_loss must be one of attention, .*, got 'l2'"),
-        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
-        ({"dropout": -0.1}, r"dropout must be a number in \[0, 1\), got -0.1"),
-        ({"dropout": "0.1"}, r"dropout must be a number in \[0, 1\), got '0.1'"),
-        ({"norm_first": 1}, "norm_first must be True or False, got 1"),
-        ({"bptt": None}, "bptt must be True or False, got None"),
-    ],
-)
-def test_MOD_5_settings_that_cannot_work_are_refused(adapter: Adapter, bad, message):
-    with pytest.raises(ValueError, match=message):
-        adapter.build(SMALL._replace(**bad))
+def test_MOD_5_tokens_of_another_shape(impl: Implementation):
+    bad = torch.zeros(2, 4, 7, dtype=torch.int64)
+    refused(
+        "tokens of shape [2, 4, 7]", with_tokens(impl, bad), "token|input|x ", "[2, 4, 7]|(2, 4, 7)"
+    )
 
 
-@pytest.mark.parametrize("fine", [{"compression_rate": 5}, {"compression_rate": 9, "c_mem_len": 0}])
-def test_MOD_5_settings_at_the_edge_work(adapter: Adapter, fine):
-    settings = SMALL._replace(**fine)
-    model = build(adapter, settings)
-    assert run(adapter, model, tokens(settings, 1, 20), [3, 8, 9])[2].logits.isfinite().all()
+def test_MOD_5_a_memory_of_another_batch_size(impl: Implementation):
+    settings = fit(impl.declared, Settings(), [4]).settings
+    model = impl.build(settings)
+    state = impl.step(model, tokens(settings, 13, 4), impl.start(model, 13)).state
+    bad = tokens(settings, 19, 4)
+    refused(
+        "19 rows with the memory of 13", lambda: impl.step(model, bad, state), "mem", "13", "19"
+    )
+
+
+def test_MOD_5_a_memory_of_another_width(impl: Implementation):
+    settings = fit(impl.declared, Settings(), [4]).settings
+    model = impl.build(settings)
+    M, C = settings.mem_len, settings.c_mem_len
+    bad = random_slots(impl, settings._replace(d_model=14), 2, M, C)
+
+    def call() -> None:
+        state = impl.replace(impl.start(model, 2), [Slots(*layer) for layer in bad])
+        impl.step(model, tokens(settings, 2, 4), state)
+
+    impl.needs("replace")
+    refused("a memory of width 14, of 8 expected", call, "mem", "14", "8")
+
+
+def test_MOD_5_a_width_that_heads_do_not_divide(impl: Implementation):
+    bad = fit(impl.declared, Settings(d_model=26, n_heads=7), [4]).settings
+    refused("d_model = 26 with n_heads = 7", lambda: impl.build(bad), "d_model|dim", "26", "7")

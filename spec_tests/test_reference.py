@@ -11,28 +11,35 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter import Reference, Settings, Slots
-from hypothesis import given
 from hypothesis import strategies as st
-from support import COMPRESSIONS, build, filled, run, settings, tokens
 
-reference = Reference()
-api = reference.module
+from .adapter import COMPRESSIONS, Settings
+from .implementation import Slots, load
+from .support import Case, cases, check, filled, random_slots, tokens
+
+reference = load("spec_tests.adapters.reference")
+api = reference.adapter.module
+PLAIN = Settings()
 SMALL = Settings(mem_len=5)
 
 
 def make(**changes) -> torch.nn.Module:
-    return build(reference, SMALL._replace(**changes))
+    return reference.build(SMALL._replace(**changes))
 
 
 # ---------------------------------------------------------------------------------- generation
 
 
-@given(settings=settings(), T=st.integers(1, 12), new=st.integers(0, 6), given_memory=st.booleans())
-def test_generate_feeds_every_token_once(settings, T, new, given_memory):
+@check(
+    case=cases(steps=(1, 1), longest=12, zeros=True),
+    new=st.integers(0, 6),
+    given_memory=st.booleans(),
+)
+def test_generate_feeds_every_token_once(impl, case: Case, new: int, given_memory: bool):
     """Greedy generation is the loop that everyone would write with forward."""
-    model, prompt = build(reference, settings), tokens(settings, 2, T)
-    start = filled(reference, model, settings) if given_memory else None
+    settings, (T,) = case
+    model, prompt = impl.build(settings), tokens(settings, 2, T)
+    start = filled(impl, model, settings, T) if given_memory else None
     found = model.generate(prompt, new, temperature=0, memory=start)
     remembers = settings.mem_len + settings.c_mem_len > 0
     expected, feed, memory = prompt, prompt, start
@@ -127,6 +134,125 @@ def test_generate_refuses_a_wrong_prompt():
         make().generate(torch.zeros(3, dtype=torch.int64), 0)
 
 
+# ------------------------------------------------------------------------------------ wrong input
+
+
+def three(batch: int = 2, d_model: int = 8) -> list[Slots]:
+    """Memories of four and three slots for each layer."""
+    return random_slots(reference, PLAIN._replace(d_model=d_model), batch, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (torch.zeros(2, 3), TypeError, "tokens must be .*int64 or .*int32, got torch.float"),
+        (torch.zeros(3, dtype=torch.long), ValueError, r"tokens must be \[B, T\].*got \[3\]"),
+        (torch.zeros(2, 0, dtype=torch.long), ValueError, r"tokens .* got \[2, 0\]"),
+        (torch.zeros(0, 2, dtype=torch.long), ValueError, r"tokens .* got \[0, 2\]"),
+        (torch.tensor([[3, 11], [0, 1]]), ValueError, r"tokens must lie in \[0, 11\), got 11"),
+        (
+            torch.zeros(2, 3, dtype=torch.int64, device="meta"),
+            ValueError,
+            "tokens must have device cpu, got meta",
+        ),
+        (torch.tensor([[3, -1], [0, 1]]), ValueError, r"tokens must lie in \[0, 11\), got -1"),
+    ],
+)
+def test_wrong_tokens_are_refused(bad, error, message):
+    model = reference.build(PLAIN)
+    with pytest.raises(error, match=message):
+        reference.step(model, bad, reference.start(model, 2))
+
+
+def one_bad(change):
+    """Memories that fit, but for what `change` does to the second layer's."""
+
+    def make() -> list[Slots]:
+        first, second = three()
+        return [first, change(second)]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (
+            lambda: three(batch=3),
+            ValueError,
+            r"mem\[0\] must .*\[2, 4, 8\], got \[3, 4, 8\]",
+        ),
+        (lambda: three()[:1], ValueError, "mem must have 2 layers, got 1"),
+        (
+            lambda: three(d_model=6),
+            ValueError,
+            r"mem\[0\] must .*\[2, 4, 8\], got \[2, 4, 6\]",
+        ),
+        (
+            one_bad(lambda layer: Slots(layer.mem[:, 1:], layer.c_mem)),
+            ValueError,
+            r"mem\[1\] must .*\[2, 4, 8\], got \[2, 3, 8\]",
+        ),
+        (
+            one_bad(lambda layer: Slots(layer.mem, layer.c_mem[0])),
+            ValueError,
+            r"c_mem\[1\] must .*\[2, 3, 8\], got \[3, 8\]",
+        ),
+        (
+            one_bad(lambda layer: Slots(layer.mem, layer.c_mem.float())),
+            TypeError,
+            r"c_mem\[1\] must have dtype torch.float64, got torch.float32",
+        ),
+        (
+            one_bad(lambda layer: Slots(layer.mem.to("meta"), layer.c_mem)),
+            ValueError,
+            r"mem\[1\] must have device cpu, got meta",
+        ),
+    ],
+)
+def test_a_memory_that_does_not_fit_is_refused(bad, error, message):
+    model = reference.build(PLAIN)
+    state = reference.replace(reference.start(model, 2), bad())
+    with pytest.raises(error, match=message):
+        reference.step(model, tokens(PLAIN, 2, 3), state)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"d_model": 9}, "d_model must be divisible by n_heads = 2, got 9"),
+        ({"d_model": 9, "n_heads": 3}, "d_model must be even .*, got 9"),
+        ({"d_model": 8.0}, "d_model must be an integer of at least 1, got 8.0"),
+        ({"vocab_size": 0}, "vocab_size must be .*, got 0"),
+        ({"n_heads": 0}, "n_heads must be .*, got 0"),
+        ({"n_layers": 0}, "n_layers must be .*, got 0"),
+        ({"d_ff": -1}, "d_ff must be .*, got -1"),
+        ({"compression_rate": 0}, "compression_rate must be .*, got 0"),
+        ({"mem_len": -1}, "mem_len must be an integer of at least 0, got -1"),
+        ({"mem_len": True}, "mem_len must be an integer of at least 0, got True"),
+        ({"c_mem_len": -1}, "c_mem_len must be an integer of at least 0, got -1"),
+        ({"compression_rate": 6}, "mem_len must be at least compression_rate - 1 = 5, got 4"),
+        ({"compression": "sum"}, "compression must be one of conv, .*, got 'sum'"),
+        ({"compression_loss": "l2"}, "compression_loss must be one of attention, .*, got 'l2'"),
+        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, r"dropout must be a number in \[0, 1\), got -0.1"),
+        ({"dropout": "0.1"}, r"dropout must be a number in \[0, 1\), got '0.1'"),
+        ({"norm_first": 1}, "norm_first must be True or False, got 1"),
+        ({"bptt": None}, "bptt must be True or False, got None"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        reference.adapter.build(PLAIN._replace(**bad))
+
+
+@pytest.mark.parametrize("fine", [{"compression_rate": 5}, {"compression_rate": 9, "c_mem_len": 0}])
+def test_settings_at_the_edge_work(fine):
+    settings = PLAIN._replace(**fine)
+    model = reference.build(settings)
+    assert reference.run(model, tokens(settings, 1, 20), [3, 8, 9])[2].logits.isfinite().all()
+
+
 # ---------------------------------------------------------------------- every setting, every tool
 
 
@@ -135,7 +261,7 @@ def test_every_combination_trains(name):
     choices = ("attention", "autoencoding", "none"), (True, False), (True, False), (0.0, 0.1)
     for loss, norm_first, bptt, dropout in itertools.product(*choices):
         torch.manual_seed(0)
-        model = reference.build(
+        model = reference.adapter.build(
             SMALL._replace(
                 compression=name,
                 compression_loss=loss,
@@ -169,7 +295,7 @@ def test_dropout_drops_in_training_alone():
 
 def test_attention_weights_drop_out():
     attention = api.RelativeMultiHeadAttention(8, 2, dropout=0.5).double()
-    x, positions = torch.randn(2, 3, 8), reference.sinusoid(3, 8)
+    x, positions = torch.randn(2, 3, 8), reference.adapter.sinusoid(3, 8)
     memory = x[:, :0]
     outputs = [attention(x, memory, positions) for _ in range(2)]
     assert torch.equal(outputs[0][1], outputs[1][1])  # the weights handed out are whole
@@ -184,9 +310,9 @@ def test_other_dtypes_follow_float64(name, dtype):
     model = make(compression=name, compression_loss="autoencoding")
     model.requires_grad_(False)
     text = tokens(SMALL, 2, 30)
-    expected = run(reference, model, text, [7, 8, 15])
+    expected = reference.run(model, text, [7, 8, 15])
     low = copy.deepcopy(model).to(dtype)
-    found = run(reference, low, text, [7, 8, 15])
+    found = reference.run(low, text, [7, 8, 15])
     bound = 0.3 if dtype == torch.bfloat16 else 1e-4
     for step, exact in zip(found, expected, strict=True):
         assert step.logits.dtype == step.loss.dtype == dtype
@@ -247,7 +373,7 @@ def test_a_step_never_waits_for_the_device(name):
 
 def test_a_memory_of_bptt_is_detached_by_its_own_method():
     model = make(bptt=True)
-    memory = run(reference, model, tokens(SMALL, 2, 16), [8, 8])[1].state
+    memory = reference.run(model, tokens(SMALL, 2, 16), [8, 8])[1].state
     assert all(slots.requires_grad for layers in memory for slots in layers)
     detached = memory.detach()
     for layers, others in zip(memory, detached, strict=True):

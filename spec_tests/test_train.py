@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter import Reference
 
 import train as trainer
 
-api = Reference.module
+from .adapters.reference import Adapter as Reference
+
+api = Reference().module
 
 TRAIN = Path(api.__file__).with_name("train.py")
 TINY = "--d-model 16 --n-heads 2 --n-layers 2 --d-ff 16 --mem-len 8 --c-mem-len 4".split()

@@ -1,0 +1,1 @@
+"""Adapters: of compressive.py, and of two implementations on PyPI."""

@@ -1,0 +1,221 @@
+"""The implementation under test: an adapter with its declaration followed, and nothing assumed."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from .adapter import CHOICES, Declaration, Settings
+from .rules import RULES
+
+NEEDED = ("build", "start", "step", "read", "compression_parameters")
+
+
+class Unusable(Exception):
+    """The adapter itself does not work, so that no rule can be tested."""
+
+
+class Slots(NamedTuple):
+    """A layer's memories, each `[B, slots, D]`, oldest first."""
+
+    mem: Tensor
+    c_mem: Tensor
+
+
+class Step(NamedTuple):
+    """What one step gives: `logits [B, T, V]`, the next state, and the loss, a scalar."""
+
+    logits: Tensor
+    state: Any
+    loss: Tensor
+
+
+class Implementation:
+    """An adapter as the tests use it: batch first, its models in float64 with random parameters."""
+
+    def __init__(self, adapter: Any, path: str) -> None:
+        self.adapter, self.path = adapter, path
+        self.declared = declaration(adapter)
+        missing = [name for name in NEEDED if not callable(getattr(adapter, name, None))]
+        if missing:
+            raise Unusable(f"it has no {', '.join(missing)}(); adapter.py says what is needed")
+        self.dtype = getattr(torch, self.declared.dtype)
+        self.tolerance = 1e-10 if self.dtype == torch.float64 else 1e-4
+
+    # ------------------------------------------------------------------------ the needed calls
+
+    def swap(self, x: Tensor) -> Tensor:
+        """From its layout to batch first, and back."""
+        return x.transpose(0, 1) if self.declared.layout == "time_first" and x.dim() > 1 else x
+
+    def build(self, settings: Settings) -> nn.Module:
+        """A model whose every parameter matters: no zero biases, no unit gains, nothing tiny."""
+        model = self.adapter.build(settings).to(self.dtype).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, dtype=self.dtype)
+                if parameter.dim() == 1:  # biases, and gains around 1
+                    parameter.copy_(float(parameter.eq(1).all()) + 0.3 * noise)
+                else:
+                    parameter.copy_(1.5 * noise / parameter.size(-1) ** 0.5)
+        return model
+
+    def start(self, model: nn.Module, batch: int) -> Any:
+        return self.adapter.start(model, batch)
+
+    def step(self, model: nn.Module, tokens: Tensor, state: Any) -> Step:
+        logits, state, loss = self.adapter.step(model, self.swap(tokens), state)
+        zero = torch.zeros((), dtype=self.dtype)
+        return Step(self.swap(logits), state, zero if loss is None else loss.reshape(()))
+
+    def read(self, state: Any) -> list[Slots]:
+        return [Slots(*map(self.swap, layer)) for layer in self.adapter.read(state)]
+
+    def compression_parameters(self, model: nn.Module) -> list[list[nn.Parameter]]:
+        return [list(layer) for layer in self.adapter.compression_parameters(model)]
+
+    # ---------------------------------------------------------------------- the optional calls
+
+    def needs(self, call: str) -> Any:
+        """The optional call, or this check is not claimed."""
+        found = getattr(self.adapter, call, None)
+        return found or not_claimed(f"needs {call}()")
+
+    def replace(self, state: Any, slots: Sequence[Slots]) -> Any:
+        laid_out = [tuple(map(self.swap, layer)) for layer in slots]
+        return self.needs("replace")(state, laid_out)
+
+    def compress(self, model: nn.Module, layer: int, old: Tensor, usage: Tensor) -> Tensor:
+        compress = self.needs("compress")
+        return self.swap(compress(model, layer, self.swap(old), self.swap(usage)))
+
+    def weights(self, model: nn.Module) -> dict[str, Any]:
+        return self.needs("weights")(model)
+
+    # ------------------------------------------------------------------------------ composites
+
+    def run(self, model: nn.Module, text: Tensor, schedule: Sequence[int]) -> list[Step]:
+        """Feed text in segments of these lengths, from the start."""
+        state, steps = self.start(model, text.size(0)), []
+        for segment in text.split(list(schedule), dim=1):
+            steps.append(self.step(model, segment, state))
+            state = steps[-1].state
+        return steps
+
+    def logits(self, model: nn.Module, text: Tensor, schedule: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([step.logits for step in self.run(model, text, schedule)], dim=1)
+
+    def twin(self, model: nn.Module, settings: Settings) -> nn.Module | None:
+        """A model of these settings with the parameters of another; None if their shapes differ."""
+        twin = self.adapter.build(settings).to(self.dtype).train(model.training)
+        try:
+            twin.load_state_dict(model.state_dict())
+        except RuntimeError:
+            return None
+        return twin
+
+
+def not_claimed(reason: str) -> Any:
+    """End the check: the implementation does not claim what it tests."""
+    pytest.skip(reason)
+
+
+def declaration(adapter: Any) -> Declaration:
+    """The adapter's declaration, checked."""
+    declares = dict(getattr(adapter, "declares", None) or {})
+    allowed = [field.name for field in fields(Declaration)]
+    for name, value in declares.items():
+        if name not in allowed:
+            raise Unusable(f"declares[{name!r}] is unknown; there are {', '.join(allowed)}")
+        if name in CHOICES and value not in CHOICES[name]:
+            choices = ", ".join(map(repr, CHOICES[name]))
+            raise Unusable(f"declares[{name!r}] must be one of {choices}, got {value!r}")
+        if name in ("known", "not_claimed"):
+            for rule in value:
+                if rule not in RULES:
+                    raise Unusable(f"declares[{name!r}] names {rule!r}, which is no rule")
+    return Declaration(**declares)
+
+
+def load(spec: str) -> Implementation:
+    """The implementation that `--impl` names: `path/to/file.py`, `module.path`, either with
+    `:Name` behind it if its adapter is not called Adapter."""
+    place, _, name = spec.partition(":")
+    path = Path(place)
+    try:
+        if path.suffix == ".py":
+            if not path.is_file():
+                raise Unusable(f"there is no file {path}")
+            found = importlib.util.spec_from_file_location(f"adapter_{path.stem}", path)
+            module = importlib.util.module_from_spec(found)
+            sys.path.append(str(path.parent.resolve()))  # for what stands beside it
+            sys.modules[found.name] = module
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        adapter = getattr(module, name or "Adapter")
+    except ModuleNotFoundError as error:
+        raise Unusable(f"it needs {error.name}, which is not installed") from None
+    except AttributeError:
+        raise Unusable(f"{place} has no {name or 'Adapter'}") from None
+    return Implementation(adapter() if isinstance(adapter, type) else adapter, spec)
+
+
+def check_usable(impl: Implementation, settings: Settings) -> None:
+    """Raise Unusable unless two steps can be made and what they give has the right form."""
+    L, D, T = settings.n_layers, settings.d_model, settings.segment
+    tokens = torch.arange(3 * T).view(3, T) % settings.vocab_size
+
+    def need(call: str, what: str, expected: object, got: object) -> None:
+        if expected != got:
+            raise Unusable(f"{call} gives {what} {got}, expected {expected}")
+
+    call = "build()"
+    try:
+        model = impl.build(settings)
+        if not isinstance(model, nn.Module):
+            raise Unusable(f"build() gives a {type(model).__name__}, expected a torch.nn.Module")
+        call = "start()"
+        state = impl.start(model, 3)
+        for turn in ("first", "second"):
+            call = f"the {turn} step()"
+            logits, state, loss = impl.step(model, tokens, state)
+            need(call, "logits of shape", [3, T, settings.vocab_size], list(logits.shape))
+            need(call, "logits of dtype", impl.dtype, logits.dtype)
+            if not logits.isfinite().all():
+                raise Unusable(f"{call} gives logits that are not finite")
+            need(call, "a loss of shape", [], list(loss.shape))
+            call = f"read() after the {turn} step"
+            slots = impl.read(state)
+            need(call, "a number of layers of", L, len(slots))
+            for layer in slots:
+                for part in layer:
+                    need(call, "slots of shape", [3, part.size(1), D], list(part.shape))
+        call = "compression_parameters()"
+        theirs = impl.compression_parameters(model)
+        need(call, "a number of layers of", L, len(theirs))
+        known = {id(parameter) for parameter in model.parameters()}
+        if not all(id(parameter) in known for layer in theirs for parameter in layer):
+            raise Unusable(f"{call} gives something that is no parameter of the model")
+        if hasattr(impl.adapter, "replace"):
+            call = "read(replace(state, slots))"
+            handed = [Slots(torch.randn_like(mem), torch.randn_like(c)) for mem, c in slots]
+            for layer, again in zip(handed, impl.read(impl.replace(state, handed)), strict=True):
+                for one, other in zip(layer, again, strict=True):
+                    need(call, "the slots handed to it:", True, torch.equal(one, other))
+    except Exception as error:
+        if isinstance(error, Unusable):
+            raise
+        where = error.__traceback__
+        while where.tb_next is not None:
+            where = where.tb_next
+        place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}"
+        raise Unusable(f"{call} raised {type(error).__name__} in {place}: {error}") from error

@@ -1,0 +1,68 @@
+"""Every fault is caught by the rule that names it; what is right in another way passes."""
+
+import sys
+from types import ModuleType
+
+import hypothesis
+import pytest
+
+from ..adapters import reference
+from ..implementation import Implementation
+from ..replay import checks
+from ..report import rules_of
+from ..rules import RULES
+from .faults import FAULTS, Fault
+from .variants import VARIANTS, TimeFirst
+
+SOURCE = open(reference.compressive.__file__).read()
+QUICK = hypothesis.settings.get_profile("quick")
+hypothesis.settings.register_profile("few", QUICK, max_examples=8)
+
+
+def changed(changes: tuple[tuple[str, str], ...]) -> ModuleType:
+    """`compressive.py` with other text in some places."""
+    source = SOURCE
+    for old, new in changes:
+        assert old in source, f"compressive.py has no {old!r} any more"
+        source = source.replace(old, new)
+    module = sys.modules["compressive_changed"] = ModuleType("compressive_changed")
+    exec(compile(source, "compressive_changed.py", "exec"), module.__dict__)
+    return module
+
+
+def failures(impl: Implementation, profile: str, rule: str | None = None) -> dict[str, Exception]:
+    """The checks (of one rule) that fail."""
+    found, before = {}, hypothesis.settings.get_current_profile_name()
+    hypothesis.settings.load_profile(profile)
+    for name, check in checks().items():
+        if rule is None or rule in rules_of(name):
+            try:
+                check(impl)
+            except pytest.skip.Exception:
+                pass
+            except Exception as error:
+                found[name] = error
+    hypothesis.settings.load_profile(before)
+    return found
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.rule}: {fault.what}")
+def test_a_fault_is_caught_by_the_rule_that_names_it(fault: Fault):
+    impl = Implementation(reference.Adapter(changed(fault.changes)), fault.what)
+    assert failures(impl, "quick", fault.rule), f"{fault.rule} holds"
+
+
+def test_there_is_a_fault_for_every_rule():
+    assert {fault.rule for fault in FAULTS} == set(RULES)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_right_implementation_of_another_design_passes(name: str):
+    declares, lacks, changes = VARIANTS[name]
+    kind = TimeFirst if declares.get("layout") == "time_first" else reference.Adapter
+    adapter = kind(changed(changes))
+    adapter.declares = {**adapter.declares, "name": name, **declares}
+    for call in lacks:
+        setattr(adapter, call, None)
+    found = failures(Implementation(adapter, name), "few")
+    assert not found, "\n".join(f"{test}: {error}" for test, error in found.items())

@@ -1,0 +1,204 @@
+"""What the suite says: an explanation of every failure, a table of the rules, and JSON."""
+
+import json
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+from .adapter import Settings
+from .implementation import Implementation
+from .rules import RULES
+from .support import Broken, Case
+
+SCHEMA = 1
+VERDICTS = ("PASS", "FAIL", "KNOWN", "UNEXPECTED PASS", "NOT CLAIMED", "NOT RUN")
+
+
+def rules_of(test: str) -> list[str]:
+    """The rules that a test is named after: test_ATT_3_MEM_1_... -> ATT-3, MEM-1."""
+    prefix = re.match(r"test_((?:[A-Z]+_[0-9]_)*)", test)
+    found = re.findall(r"[A-Z]+_[0-9]", prefix[1] if prefix else "")
+    return [rule.replace("_", "-") for rule in found]
+
+
+def code(value: Any) -> str:
+    """A drawn value as one would type it."""
+    if isinstance(value, Case):
+        return f"Case({code(value.settings)}, {value.schedule})"
+    if isinstance(value, Settings):
+        changed = {k: v for k, v in value._asdict().items() if v != Settings._field_defaults[k]}
+        return f"Settings({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
+    return repr(value)
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error was raised: the last line that is neither torch's nor the suite's."""
+    places, trace = [], error.__traceback__
+    while trace is not None:
+        file = Path(trace.tb_frame.f_code.co_filename)
+        own = Path(__file__).parent
+        if not {"torch", "hypothesis", "_pytest"} & set(file.parts) and file.parent != own:
+            places.append(f"{file}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}")
+        trace = trace.tb_next
+    return places[-1] if places else "an unknown place"
+
+
+def explain(name: str, error: BaseException, impl: Implementation, seed: int) -> str:
+    """Everything that helps: the rule, what was expected and what came, the settings, the likely
+    causes, and how to see it again."""
+    drawn = getattr(error, "drawn", {})
+    lines = [f"{rule} ({RULES[rule].level}): {RULES[rule].sentence}" for rule in rules_of(name)]
+    if isinstance(error, Broken):
+        lines += [f"  looked at  {error.what}", f"  expected   {error.expected}"]
+        lines += [f"  got        {error.got}"]
+    else:
+        said = str(error).strip().splitlines() or [""]
+        lines += [f"  raised     {type(error).__name__}: {said[0]}"]
+        lines += [f"  in         {place_of(error)}"]
+    lines += [f"  with       {name} = {code(value)}" for name, value in drawn.items()]
+    if isinstance(error, Broken) and error.cause:
+        lines.append(f"  cause      {error.cause} (that is exactly what came)")
+    else:
+        causes = [cause for rule in rules_of(name) for cause in RULES[rule].causes]
+        lines += [f"  perhaps    {cause}" for cause in causes]
+    arguments = [repr(name), repr(impl.path), *(f"{k}={code(v)}" for k, v in drawn.items())]
+    if seed:
+        arguments.append(f"spec_seed={seed}")
+    lines += [
+        "  again      from spec_tests.replay import Case, Settings, replay",
+        f"             replay({', '.join(arguments)})",
+    ]
+    return "\n".join(lines)
+
+
+class SpecReport:
+    """The pytest plugin that gathers the verdicts."""
+
+    def __init__(self, config: pytest.Config, impl: Implementation) -> None:
+        self.config, self.impl = config, impl
+        self.checks: dict[str, list[dict]] = {rule: [] for rule in RULES}
+
+    def header(self) -> dict[str, str]:
+        return {
+            "name": self.impl.declared.name,
+            "version": self.impl.declared.version,
+            "adapter": self.impl.path,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "hypothesis": hypothesis.__version__,
+            "device": "cpu",
+            "dtype": self.impl.declared.dtype,
+            "profile": self.config.option.spec_profile,
+            "seed": self.config.option.spec_seed,
+        }
+
+    def pytest_report_header(self) -> str:
+        about = self.header()
+        title = f"{about.pop('name')} {about.pop('version')}".strip()
+        return f"rules of {title}: " + ", ".join(f"{k} {v}" for k, v in about.items())
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        rules = rules_of(item.name)
+        reasons = [self.impl.declared.not_claimed.get(rule) for rule in rules]
+        if rules and all(reasons):
+            pytest.skip(reasons[0])
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+        report, rules = (yield), rules_of(item.name)
+        if not rules or (report.when != "call" and report.outcome == "passed"):
+            return report
+        message = ""
+        if report.outcome == "failed":
+            error, seed = call.excinfo.value, self.config.option.spec_seed
+            message = report.longrepr = explain(item.name, error, self.impl, seed)
+            known = [self.impl.declared.known.get(rule) for rule in rules]
+            if all(known):
+                report.outcome, report.wasxfail = "skipped", known[0]
+        elif report.outcome == "skipped":
+            message = str(call.excinfo.value)
+        outcome = "failed" if hasattr(report, "wasxfail") else report.outcome
+        check = {"name": item.name, "outcome": outcome, "seconds": round(call.duration, 3)}
+        for rule in rules:
+            self.checks[rule].append({**check, "message": message})
+        return report
+
+    def verdict(self, rule: str) -> tuple[str, str]:
+        """The verdict on a rule, and its reason."""
+        checks, known = self.checks[rule], self.impl.declared.known.get(rule)
+        passed, failed, skipped = (
+            [check["message"] for check in checks if check["outcome"] == outcome]
+            for outcome in ("passed", "failed", "skipped")
+        )
+        if not checks:
+            return "NOT RUN", ""
+        if failed:
+            return ("KNOWN", known) if known else ("FAIL", in_short(failed[0]))
+        if not passed:
+            return "NOT CLAIMED", skipped[0]
+        if known:
+            return "UNEXPECTED PASS", f"declared as known: {known}"
+        why = f"{len(skipped)} of {len(checks)} checks not claimed: " + "; ".join(set(skipped))
+        return "PASS", why if skipped else ""
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        write, about = terminalreporter.write_line, self.header()
+        verdicts = {rule: self.verdict(rule) for rule in RULES if self.checks[rule]}
+        if not verdicts:
+            return
+        terminalreporter.section(f"rules of {about['name']} {about['version']}".rstrip())
+        for rule, (verdict, reason) in verdicts.items():
+            sentence, _, level = RULES[rule]
+            line = f"{rule:<7} {level:<6} {verdict:<15} {reason or sentence}"
+            good = {"PASS": True, "KNOWN": None, "NOT CLAIMED": None}.get(verdict, False)
+            colour = {} if good is None else {"green": good, "red": not good}
+            write(line[: terminalreporter._tw.fullwidth], **colour)
+        for level in ("MUST", "SHOULD"):
+            count = self.totals()[level]
+            write(f"{level}: " + ", ".join(f"{n} {verdict}" for verdict, n in count.items() if n))
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        totals = {level: dict.fromkeys(VERDICTS, 0) for level in ("MUST", "SHOULD")}
+        for rule in RULES:
+            totals[RULES[rule].level][self.verdict(rule)[0]] += 1
+        return totals
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        unexpected = any(self.verdict(rule)[0] == "UNEXPECTED PASS" for rule in RULES)
+        if unexpected and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if self.config.option.spec_report:
+            text = json.dumps(self.as_json(session), indent=1)
+            Path(self.config.option.spec_report).write_text(text + "\n")
+
+    def as_json(self, session: pytest.Session) -> dict[str, Any]:
+        """The verdicts as README.md documents them."""
+        rules = []
+        for rule, (sentence, _, level) in RULES.items():
+            verdict, reason = self.verdict(rule)
+            rules.append(
+                {"id": rule, "level": level, "sentence": sentence, "verdict": verdict}
+                | {"reason": reason, "checks": self.checks[rule]}
+            )
+        return {
+            "schema": SCHEMA,
+            "implementation": self.header(),
+            "exit_status": int(session.exitstatus),
+            "totals": self.totals(),
+            "rules": rules,
+        }
+
+
+def in_short(message: str) -> str:
+    """Of an explanation the place, what was expected and what came, or what was raised."""
+    said = {line[2:12].strip(): line[13:] for line in reversed(message.splitlines())}
+    if "raised" in said:
+        return said["raised"]
+    return f"{said['looked at']}: expected {said['expected']}, got {said['got']}"
