@@ -70,6 +70,11 @@ CHOICES = {
     "c_mem_len": ("any", "one", "block"),
     "dtype": ("float64", "float32"),
 }
+SOME = {
+    "compressions": COMPRESSIONS,
+    "compression_losses": LOSSES,
+    "norms": ("pre", "post"),
+}
 
 
 class Adapter(Protocol):

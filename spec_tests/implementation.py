@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from .adapter import CHOICES, Declaration, Settings
+from .adapter import CHOICES, SOME, Declaration, Settings
 from .rules import RULES
 
 NEEDED = ("build", "start", "step", "read", "compression_parameters")
@@ -138,6 +138,9 @@ def declaration(adapter: Any) -> Declaration:
         if name in CHOICES and value not in CHOICES[name]:
             choices = ", ".join(map(repr, CHOICES[name]))
             raise Unusable(f"declares[{name!r}] must be one of {choices}, got {value!r}")
+        if name in SOME and not set(value) <= set(SOME[name]):
+            choices = ", ".join(SOME[name])
+            raise Unusable(f"declares[{name!r}] must be some of {choices}, got {value!r}")
         if name in ("known", "not_claimed"):
             for rule in value:
                 if rule not in RULES:
@@ -149,11 +152,11 @@ def load(spec: str) -> Implementation:
     """The implementation that `--impl` names: `path/to/file.py`, `module.path`, either with
     `:Name` behind it if its adapter is not called Adapter."""
     place, _, name = spec.partition(":")
-    path = Path(place)
+    name, path = name or "Adapter", Path(place)
+    if path.suffix == ".py" and not path.is_file():
+        raise Unusable(f"there is no file {path}")
     try:
         if path.suffix == ".py":
-            if not path.is_file():
-                raise Unusable(f"there is no file {path}")
             found = importlib.util.spec_from_file_location(f"adapter_{path.stem}", path)
             module = importlib.util.module_from_spec(found)
             sys.path.append(str(path.parent.resolve()))  # for what stands beside it
@@ -161,12 +164,26 @@ def load(spec: str) -> Implementation:
             found.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-        adapter = getattr(module, name or "Adapter")
+        if not hasattr(module, name):
+            raise Unusable(f"{place} has no {name}")
+        adapter = getattr(module, name)
+        adapter = adapter() if isinstance(adapter, type) else adapter
     except ModuleNotFoundError as error:
         raise Unusable(f"it needs {error.name}, which is not installed") from None
-    except AttributeError:
-        raise Unusable(f"{place} has no {name or 'Adapter'}") from None
-    return Implementation(adapter() if isinstance(adapter, type) else adapter, spec)
+    except Exception as error:
+        raise_unusable("importing it", error)
+    return Implementation(adapter, spec)
+
+
+def raise_unusable(doing: str, error: Exception) -> NoReturn:
+    """Say in one line what an adapter raised, and where."""
+    if isinstance(error, Unusable):
+        raise error
+    where = error.__traceback__
+    while where.tb_next is not None:
+        where = where.tb_next
+    place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}"
+    raise Unusable(f"{doing} raised {type(error).__name__} in {place}: {error}") from error
 
 
 def check_usable(impl: Implementation, settings: Settings) -> None:
@@ -212,10 +229,4 @@ def check_usable(impl: Implementation, settings: Settings) -> None:
                 for one, other in zip(layer, again, strict=True):
                     need(call, "the slots handed to it:", True, torch.equal(one, other))
     except Exception as error:
-        if isinstance(error, Unusable):
-            raise
-        where = error.__traceback__
-        while where.tb_next is not None:
-            where = where.tb_next
-        place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}"
-        raise Unusable(f"{call} raised {type(error).__name__} in {place}: {error}") from error
+        raise_unusable(call, error)

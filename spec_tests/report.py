@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,13 +153,14 @@ class SpecReport:
         verdicts = {rule: self.verdict(rule) for rule in RULES if self.checks[rule]}
         if not verdicts:
             return
+        width = shutil.get_terminal_size().columns if terminalreporter.isatty else None
         terminalreporter.section(f"rules of {about['name']} {about['version']}".rstrip())
         for rule, (verdict, reason) in verdicts.items():
             sentence, _, level = RULES[rule]
             line = f"{rule:<7} {level:<6} {verdict:<15} {reason or sentence}"
             good = {"PASS": True, "KNOWN": None, "NOT CLAIMED": None}.get(verdict, False)
             colour = {} if good is None else {"green": good, "red": not good}
-            write(line[: terminalreporter._tw.fullwidth], **colour)
+            write(line[:width], **colour)
         for level in ("MUST", "SHOULD"):
             count = self.totals()[level]
             write(f"{level}: " + ", ".join(f"{n} {verdict}" for verdict, n in count.items() if n))

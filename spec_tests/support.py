@@ -61,8 +61,8 @@ def cases(
 ) -> Callable[[Implementation], st.SearchStrategy[Case]]:
     """Settings and schedules that the implementation supports, valid by construction. `fixed`
     settings are not drawn (a tuple: drawn from); `zeros` allows memories of length 0.
-    Lengths are multiples of c if `divisible`, and, but for `rest`, where an implementation has its
-    own way with what c does not divide: it then fails the rules which that is about alone."""
+    Lengths are multiples of c if `divisible`, and, where an implementation has its own way with
+    what c does not divide, in all checks but those of that way (`rest`), where none is."""
 
     def strategy(impl: Implementation) -> st.SearchStrategy[Case]:
         declared = impl.declared
@@ -71,7 +71,8 @@ def cases(
         norms = tuple(norm == "pre" for norm in declared.norms)
         norm_first = allowed(fixed, "norm_first", (True, False), norms)
         lowest = 0 if zeros else 1
-        multiples = divisible or (declared.overflow != "round_up" and not rest)
+        own_way = declared.overflow in ("pad", "drop")
+        multiples = divisible or (own_way and not rest)
         if fixed.get("mem_len") == 0 and declared.mem_len != "any":
             not_claimed("mem_len is at least 1")
         if fixed.get("c_mem_len") == 0 and declared.c_mem_len == "one":
@@ -79,7 +80,7 @@ def cases(
 
         @st.composite
         def draw_case(draw: st.DrawFn) -> Case:
-            rate = draw(st.integers(1, 4))
+            rate = draw(st.integers(3 if own_way and rest else 1, 4))
             heads = draw(st.sampled_from([1, 2, 3]))
             drawn = Settings(
                 d_model=heads * draw(st.sampled_from([4, 6])),  # of 2 a norm would leave the sign
@@ -94,10 +95,12 @@ def cases(
                 norm_first=draw(norm_first),
             )
             drawn = drawn._replace(**{k: v for k, v in fixed.items() if not isinstance(v, tuple)})
+            lengths = st.integers(shortest, longest)
+            if own_way and rest:
+                lengths = lengths.filter(lambda T: T % rate)
             if declared.segments == "full":
-                schedule = [draw(st.integers(shortest, longest))] * draw(st.integers(*steps))
+                schedule = [draw(lengths)] * draw(st.integers(*steps))
             else:
-                lengths = st.integers(shortest, longest)
                 schedule = draw(st.lists(lengths, min_size=steps[0], max_size=steps[1]))
             return fit(declared, drawn, schedule, multiples)
 

@@ -1,0 +1,321 @@
+"""The suite as its users meet it: a copy of the folder, an adapter, and a command."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ..adapter import Declaration, Settings
+from ..adapters import reference
+from ..conftest import supported
+from ..implementation import Implementation, Unusable, check_usable, declaration, load
+from ..report import SCHEMA, VERDICTS
+from ..rules import RULES
+from ..support import fit
+
+SUITE = Path(__file__).parents[1]
+README = (SUITE / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+ADAPTER, LABML, LUCIDRAINS = BLOCKS
+
+# What the adapter of README.md is for: time first, the memories in a dict, keys apart from values.
+MY_MODEL = """
+from types import SimpleNamespace
+from torch import nn
+from parts import CompressiveTransformer, Config, Memory
+
+def swap(layers):
+    return [slots.transpose(0, 1) for slots in layers]
+
+class Compress(nn.Module):
+    def __init__(self, f_c):
+        super().__init__()
+        self.f_c = f_c
+    def forward(self, old):
+        return self.f_c(old.transpose(0, 1)).transpose(0, 1)
+
+class Model(nn.Module):
+    def __init__(self, vocabulary, width, heads, layers, inner_width, memory, compressed_memory,
+                 rate, dropout):
+        super().__init__()
+        self.inner = CompressiveTransformer(Config(
+            vocab_size=vocabulary, d_model=width, n_heads=heads, n_layers=layers, d_ff=inner_width,
+            mem_len=memory, c_mem_len=compressed_memory, compression_rate=rate, dropout=dropout))
+    @property
+    def blocks(self):
+        def parts(layer):
+            D, attention = self.inner.config.d_model, layer.attention
+            key, value = (SimpleNamespace(weight=w) for w in attention.key_value.weight.split(D))
+            return SimpleNamespace(compress=Compress(layer.compress), query=attention.query,
+                                   key=key, value=value)
+        return [parts(layer) for layer in self.inner.layers]
+    def empty(self, rows):
+        memory = self.inner.initial_memory(rows)
+        return {"memory": swap(memory.mem), "compressed": swap(memory.c_mem)}
+    def forward(self, tokens, state):
+        memory = Memory(tuple(swap(state["memory"])), tuple(swap(state["compressed"])))
+        logits, memory, loss = self.inner(tokens.T, memory)
+        return (logits.transpose(0, 1),
+                {"memory": swap(memory.mem), "compressed": swap(memory.c_mem)}, loss)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: her model, the adapter of README.md, and a copy of the suite."""
+    folder = tmp_path_factory.mktemp("user")
+    shutil.copytree(SUITE, folder / "spec_tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(reference.compressive.__file__, folder / "parts.py")
+    (folder / "my_model.py").write_text(MY_MODEL)
+    (folder / "my_adapter.py").write_text(ADAPTER)
+    return folder
+
+
+def spec(folder: Path, *options: str) -> SimpleNamespace:
+    """Run the suite there in the quick profile; its exit status, what it said, and its report."""
+    (folder / "report.json").unlink(missing_ok=True)
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "spec_tests", "--spec-profile=quick"]
+    command += ["--spec-report=report.json", "-p", "no:cacheprovider", *options]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    report = folder / "report.json"
+    report = json.loads(report.read_text()) if report.exists() else None
+    return SimpleNamespace(status=ran.returncode, out=ran.stdout, err=ran.stderr, report=report)
+
+
+def verdicts(report: dict) -> dict[str, str]:
+    return {rule["id"]: rule["verdict"] for rule in report["rules"] if rule["verdict"] != "NOT RUN"}
+
+
+def variant(folder: Path, name: str, **declares: object) -> str:
+    """An adapter that is that of README.md but for what it declares."""
+    source = "from my_adapter import Adapter as Before\n\nclass Adapter(Before):\n"
+    source += f"    declares = {{**Before.declares, **{declares!r}}}\n"
+    (folder / f"{name}.py").write_text(source)
+    return f"{name}.py"
+
+
+def test_the_adapter_of_the_readme_works_at_the_first_attempt(folder: Path):
+    ran = spec(folder, "--impl=my_adapter.py")
+    assert ran.status == 0, ran.out
+    found = verdicts(ran.report)
+    assert found.keys() == RULES.keys()
+    assert set(found.values()) == {"PASS"}
+    assert "rules of my_model: adapter my_adapter.py" in ran.out
+    assert "MUST: 28 PASS" in ran.out and "SHOULD: 2 PASS" in ran.out
+    assert len(ADAPTER.splitlines()) <= 60
+
+
+def test_a_failure_teaches_and_can_be_done_again(folder: Path):
+    parts = folder / "parts.py"
+    right = parts.read_text()
+    old = (
+        "old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]"
+    )
+    new = "keep = held.size(1) - max(n * compression_rate, overflow); mem, old = held[:, :keep], held[:, keep : keep + n * compression_rate]"
+    assert old in right
+    parts.write_text(right.replace(old, new))
+    try:
+        ran = spec(
+            folder, "--impl", "my_adapter:Adapter", "-k", "MEM_1 and newest", "--spec-seed=3"
+        )
+        assert ran.status == 1
+        assert verdicts(ran.report) == {"MEM-1": "FAIL"}
+        for said in (
+            f"MEM-1 (MUST): {RULES['MEM-1'].sentence}",
+            "expected  ",
+            "entries differ, first at [",
+            "case = Case(Settings(",
+            "cause      the newest were evicted instead of the oldest (that is exactly what came)",
+        ):
+            assert said in ran.out
+        snippet = re.search(r"again +(from .*)\n +(replay\(.*\))", ran.out)
+        assert "spec_seed=3" in snippet[2]
+        again = [sys.executable, "-W", "ignore", "-c", "\n".join(snippet.groups())]
+        again = subprocess.run(again, cwd=folder, capture_output=True, text=True)
+        expected = re.search(r"expected +(\S+)", ran.out)[1]
+        assert "Broken: memory in layer 0 after step" in again.stderr
+        assert f"expected {expected}" in again.stderr
+    finally:
+        parts.write_text(right)
+
+
+def test_what_is_declared_is_followed(folder: Path):
+    known = {"CMP-3": "the layers share f_c", "MOD-5": "nothing is checked"}
+    adapter = variant(folder, "known", known=known, not_claimed={"MEM-6": "made at once"})
+    ran = spec(folder, "--impl", adapter, "-k", "CMP_3 or MEM_6 or MEM_2")
+    assert ran.status == 1  # for what holds in spite of it
+    wanted = {"MEM-2": "PASS", "MEM-6": "NOT CLAIMED", "CMP-3": "UNEXPECTED PASS"}
+    assert verdicts(ran.report) == wanted
+    assert re.search(r"CMP-3 +MUST +UNEXPECTED PASS +declared as known: the layers share", ran.out)
+    assert re.search(r"MEM-6 +MUST +NOT CLAIMED +made at once", ran.out)
+    parts = folder / "parts.py"
+    right = parts.read_text()
+    parts.write_text(
+        right.replace(
+            "def _check(self, tokens: Tensor, memory: Memory | None) -> None:",
+            "def _check(self, tokens, memory): return\n    def _no(self, tokens, memory):",
+        )
+    )
+    try:
+        ran = spec(folder, "--impl", adapter, "-k", "MOD_5")
+        assert ran.status == 0
+        assert verdicts(ran.report) == {"MOD-5": "KNOWN"}
+        assert re.search(r"MOD-5 +SHOULD +KNOWN +nothing is checked", ran.out)
+    finally:
+        parts.write_text(right)
+
+
+def test_the_json_is_as_documented(folder: Path):
+    ran = spec(folder, "--impl", "my_adapter.py", "-k", "CMP_3 or MOD_3")
+    report = ran.report
+    assert report["schema"] == SCHEMA == 1
+    documented = README[README.index("| `schema` | 1 |") :].split("\n\n")[0]
+    names = set(re.findall(r"`(\w+)`", documented))
+    assert report.keys() | report["implementation"].keys() <= names
+    assert report["exit_status"] == ran.status == 0
+    for rule in report["rules"]:
+        assert rule.keys() <= names and rule["verdict"] in VERDICTS
+        assert RULES[rule["id"]].level == rule["level"]
+        for check in rule["checks"]:
+            assert check.keys() <= names
+            assert check["outcome"] in ("passed", "failed", "skipped")
+    assert report["totals"]["MUST"] == {**dict.fromkeys(VERDICTS, 0), "PASS": 2, "NOT RUN": 26}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--impl: name your adapter (there is no compressive.py here)"),
+        (
+            ("--impl=nowhere.py",),
+            "--impl nowhere.py: the adapter cannot be used: there is no file nowhere.py",
+        ),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_costs_one_message(
+    folder: Path, options: tuple[str, ...], message: str
+):
+    ran = spec(folder, *options)
+    assert ran.status == 4 and ran.report is None
+    assert ran.err.strip() == f"ERROR: {message}"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import a_package_of_nobody", "it needs a_package_of_nobody, which is not installed"),
+        ("def adapter(:", "importing it raised SyntaxError"),
+        ("class Adapter:\n    def __init__(self):\n        None.x", r"AttributeError in .*:3: "),
+        ("class Other: pass", "adapter_.*.py has no Adapter"),
+    ],
+)
+def test_an_adapter_that_cannot_be_imported_is_refused(tmp_path: Path, source: str, message: str):
+    path = tmp_path / f"adapter_{abs(hash(source))}.py"
+    path.write_text(source)
+    with pytest.raises(Unusable, match=message):
+        load(str(path))
+
+
+class Wrong(reference.Adapter):
+    """The reference with one call replaced."""
+
+    def __init__(self, **calls: object) -> None:
+        super().__init__()
+        vars(self).update(calls)
+
+
+def one_step(model, tokens, state):
+    if state.mem[0].size(1):
+        raise KeyError("second")
+    return model(tokens, state)
+
+
+RIGHT = reference.Adapter()
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ({"build": None}, r"it has no build\(\)"),
+        ({"build": lambda s: 3}, r"build\(\) raised AttributeError"),
+        (
+            {"step": lambda m, x, s: (m(x, s)[0].mT, *m(x, s)[1:])},
+            r"the first step\(\) gives logits of shape \[3, 11, 4\], expected \[3, 4, 11\]",
+        ),
+        (
+            {"step": lambda m, x, s: (m(x, s)[0] / 0, *m(x, s)[1:])},
+            r"the first step\(\) gives logits that are not finite",
+        ),
+        ({"step": one_step}, r"the second step\(\) raised KeyError in .*test_instrument.py"),
+        (
+            {"read": lambda s: RIGHT.read(s)[:1]},
+            r"read\(\) after the first step gives a number of layers of 1, expected 2",
+        ),
+        (
+            {"read": lambda s: [(a.mT, b.mT) for a, b in RIGHT.read(s)]},
+            r"read\(\) after the first step gives slots of shape \[3, 8, 4\], expected \[3, 8, 8\]",
+        ),
+        (
+            {"compression_parameters": lambda m: [[torch.zeros(1)]] * 2},
+            "something that is no parameter of the model",
+        ),
+        ({"replace": lambda s, x: s}, "gives the slots handed to it: False, expected True"),
+        (
+            {"declares": {"layout": "sideways"}},
+            "must be one of 'batch_first', 'time_first', got 's",
+        ),
+        ({"declares": {"colour": "red"}}, "declares.'colour'. is unknown; there are name, version"),
+        ({"declares": {"known": {"ATT-9": "why"}}}, "names 'ATT-9', which is no rule"),
+        ({"declares": {"compressions": ("sum",)}}, "declares.'compressions'. must be some of conv"),
+    ],
+)
+def test_what_is_wrong_with_an_adapter_is_said(calls: dict, message: str):
+    with pytest.raises(Unusable, match=message):
+        impl = Implementation(Wrong(**calls), "wrong")
+        check_usable(impl, fit(impl.declared, supported(impl), [4]).settings)
+
+
+def test_every_declaration_is_documented():
+    table = README[README.index("| field of `declares` |") :].split("\n\n")[0]
+    documented = re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in table.splitlines()))
+    assert set(documented) - {"declares"} == set(Declaration.__dataclass_fields__)
+    assert declaration(SimpleNamespace(declares={})) == Declaration()
+
+
+def test_a_seed_gives_other_examples_and_the_same_ones_again(folder: Path, monkeypatch):
+    from .. import test_memory
+    from ..support import torch_random
+
+    def drawn(seed: int) -> list[Settings]:
+        seen: list[Settings] = []
+        body = test_memory.test_MEM_2_memories_never_exceed_their_lengths
+        impl = load("spec_tests.adapters.reference")
+        monkeypatch.setattr(test_memory, "never_too_long", lambda impl, case: seen.append(case))
+        monkeypatch.setattr(torch_random, "shift", seed)
+        body(impl)
+        return seen
+
+    first = drawn(0)
+    assert drawn(0) == first and drawn(1) != first
+
+
+@pytest.mark.parametrize(
+    ("package", "snippet"),
+    [("labml_nn", LABML), ("compressive_transformer_pytorch", LUCIDRAINS)],
+)
+def test_what_the_readme_says_of_a_package_is_so(package: str, snippet: str, capsys):
+    """Each print stands beside what it prints."""
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    torch.set_default_dtype(torch.float32)
+    try:
+        exec(compile(snippet, "README.md", "exec"), {})
+    finally:
+        torch.set_default_dtype(torch.float64)
+    said = re.findall(r"^print\(.*\)  # (.*)$", snippet.replace("    print", "print"), re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == said != []
