@@ -107,8 +107,14 @@ def mutants() -> Iterator[tuple[int, str, str]]:
             source = ast.unparse(ast.fix_missing_locations(tree))
             if source != whole:
                 line = getattr(node, "lineno", holder[node].lineno)
-                yield line, ast.unparse(holder[node]).splitlines()[0], source
+                yield line, headline(holder[node]), source
             setattr(node, field, old)
+
+
+def headline(statement: ast.stmt) -> str:
+    """Its first line; a function's is that with its arguments."""
+    lines = ast.unparse(statement).splitlines()
+    return next(line for line in lines if not line.startswith("@"))
 
 
 class First:

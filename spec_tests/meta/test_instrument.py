@@ -60,7 +60,7 @@ class Model(nn.Module):
         return {"memory": swap(memory.mem), "compressed": swap(memory.c_mem)}
     def forward(self, tokens, state):
         memory = Memory(tuple(swap(state["memory"])), tuple(swap(state["compressed"])))
-        logits, memory, loss = self.inner(tokens.T, memory)
+        logits, memory, loss = self.inner(tokens.transpose(0, 1), memory)
         return (logits.transpose(0, 1),
                 {"memory": swap(memory.mem), "compressed": swap(memory.c_mem)}, loss)
 """
