@@ -6,6 +6,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,7 @@ def test_a_memory_that_does_not_fit_is_refused(bad, error, message):
         ({"mem_len": True}, "mem_len must be an integer of at least 0, got True"),
         ({"c_mem_len": -1}, "c_mem_len must be an integer of at least 0, got -1"),
         ({"compression_rate": 6}, "mem_len must be at least compression_rate - 1 = 5, got 4"),
+        ({"compression_rate": 6, "c_mem_len": 1}, "mem_len must be at least .* = 5, got 4"),
         ({"compression": "sum"}, "compression must be one of conv, .*, got 'sum'"),
         ({"compression_loss": "l2"}, "compression_loss must be one of attention, .*, got 'l2'"),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
@@ -293,13 +295,14 @@ def test_dropout_drops_in_training_alone():
     assert not torch.equal(model(text).logits, model(text).logits)
 
 
-def test_attention_weights_drop_out():
-    attention = api.RelativeMultiHeadAttention(8, 2, dropout=0.5).double()
+@pytest.mark.parametrize("dropout", [{}, {"dropout": 0.5}])
+def test_attention_weights_drop_out_if_asked(dropout: dict[str, float]):
+    attention = api.RelativeMultiHeadAttention(8, 2, **dropout).double()
     x, positions = torch.randn(2, 3, 8), reference.adapter.sinusoid(3, 8)
     memory = x[:, :0]
     outputs = [attention(x, memory, positions) for _ in range(2)]
     assert torch.equal(outputs[0][1], outputs[1][1])  # the weights handed out are whole
-    assert not torch.equal(outputs[0][0], outputs[1][0])
+    assert torch.equal(outputs[0][0], outputs[1][0]) != bool(dropout)
     attention.eval()
     assert torch.equal(attention(x, memory, positions)[0], attention(x, memory, positions)[0])
 
@@ -414,8 +417,13 @@ def test_parts_refuse_what_does_not_fit():
     attention = api.RelativeMultiHeadAttention(8, 2)
     with pytest.raises(ValueError, match=r"positions must be \[5, 8\], got \[4, 8\]"):
         attention(torch.zeros(2, 3, 8), torch.zeros(2, 2, 8), torch.zeros(4, 8))
-    with pytest.raises(TypeError, match=r"memory must be a Memory\(mem, c_mem\)"):
-        make()(tokens(SMALL, 2, 3), [torch.zeros(2, 4, 8)])
+    model, text = make(), tokens(SMALL, 2, 3)
+    mem, c_mem = model(text).memory
+    for memory in ([mem, c_mem], (mem, c_mem, c_mem), mem[0]):
+        with pytest.raises(TypeError, match=r"memory must be a Memory\(mem, c_mem\) or None, got"):
+            model(text, memory)
+    with pytest.raises(FrozenInstanceError):
+        model.config.mem_len = 3
 
 
 def test_losses_alone_train_the_compressed_slots_alone():
