@@ -1,142 +1,160 @@
 # SPDX-License-Identifier: MIT
 """Train a byte-level Compressive Transformer on text:
 
-    python train.py                            on the sources of Python's standard library
-    python train.py --data tinyshakespeare     on Tiny Shakespeare, fetched once
-    python train.py --data PATH                on any file, or all files of a folder
+    python train.py                             on the sources of Python's standard library
+    python train.py --data PATH                 on any file, or all files of a folder
+    python train.py --resume RUN                go on where the run in the folder RUN stopped
+    torchrun --nproc-per-node 8 train.py ...    on eight devices
 
 Every row of the batch reads a stretch of the text of its own, segment after segment, with a memory
 of its own. The last tenth of the text, 128 KiB at the most, is held out.
 """
 
 import argparse
+import codecs
 import hashlib
 import json
 import math
+import mmap
 import os
+import shlex
+import signal
 import sys
 import sysconfig
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
-from functools import partial
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, fields, replace
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import IO, NoReturn
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, which needs it not
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
-from compressive import CompressiveTransformer, Config  # noqa: E402
+from compressive import CompressiveTransformer, Config, Memory  # noqa: E402
 
-SHAKESPEARE = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 HELD_OUT = 2**17  # bytes held out of a text at the most
 BITS = 1 / math.log(2)  # a nat in bits; the text is bytes, so that bits per byte are per character
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, as process RANK of WORLD_SIZE
+ENV = os.environ if LAUNCHED else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+RANK, LOCAL_RANK, WORLD_SIZE = (int(ENV[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
-class Refused(Exception):
-    """The user's input does not work; the message says what and how to mend it."""
+class Stop(BaseException):
+    """Ends the program with one line and a status: 2 where what the user gave does not work. Not an
+    Exception, so that nothing takes one that a signal raised for an error of its own."""
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 # ------------------------------------------------------------------------------------------- text
 
 
-def read_text(data: str) -> bytes:
+class Text:
+    """Files as one text, read through memory maps: they may be far larger than memory."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = [path for path in paths if path.stat().st_size]  # an empty file has no map
+        self.ends = list(accumulate(path.stat().st_size for path in self.paths))
+        self.length = self.ends[-1] if self.ends else 0
+        self.map = lru_cache(maxsize=128)(self.map)  # a process may keep only so many files open
+
+    @staticmethod
+    def map(path: Path) -> mmap.mmap:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def read(self, start: int, end: int) -> bytes:
+        parts, i = [], bisect_right(self.ends, start)
+        while start < min(end, self.length):
+            offset = self.ends[i - 1] if i else 0
+            parts.append(self.map(self.paths[i])[start - offset : end - offset])
+            start, i = self.ends[i], i + 1
+        return b"".join(parts)
+
+    def fingerprint(self) -> str:
+        """Tells another text apart, cheaply: by the files' sizes and some of their bytes."""
+        places = range(0, self.length, max(256, self.length // 256))
+        some = b"".join(self.read(at, at + 256) for at in places)
+        return hashlib.sha256(repr(self.ends).encode() + some).hexdigest()
+
+
+def find_text(data: str) -> Text:
     """The text that `--data` names."""
     if data == "stdlib":
         folder = Path(sysconfig.get_path("stdlib"))
         paths = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")]
-        where = f"the standard library's folder {folder}"
     elif data == "tinyshakespeare":
-        paths, where = [fetch_shakespeare()], data
+        paths = [fetch_shakespeare()]
+    elif Path(data).exists():
+        paths = sorted(Path(data).rglob("*")) if Path(data).is_dir() else [Path(data)]
     else:
-        root, where = Path(data), data
-        if not root.exists():
-            raise Refused(
-                f"--data {data}: no such file or folder, nor 'stdlib' or 'tinyshakespeare'"
-            )
-        paths = [root]
-        if root.is_dir():
-            paths = sorted(path for path in root.rglob("*") if path.is_file())
-    text = b"".join(path.read_bytes() for path in paths)
-    if not text:
-        raise Refused(f"--data {data}: {where} has no text; name a file or folder that has some")
+        raise Stop(f"--data {data}: no such file or folder, nor 'stdlib' or 'tinyshakespeare'")
+    text = Text([path for path in paths if path.is_file()])
+    if not text.length:
+        raise Stop(f"--data {data} has no text: name a file or folder that has some")
     return text
 
 
-def fetch_shakespeare(folder: Path = Path("data")) -> Path:
+def fetch_shakespeare() -> Path:
     """Tiny Shakespeare's path, after fetching it if it is not there yet."""
-    path = folder / "tinyshakespeare.txt"
-    mend = f"put the file there yourself, or train on --data PATH ({SHAKESPEARE})"
-    if path.exists():
-        text = path.read_bytes()
-    else:
-        try:
-            with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
-                text = response.read()
-        except OSError as error:
-            raise Refused(f"{path} could not be fetched: {error}; {mend}") from None
-    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
-        raise Refused(f"{path} is not Tiny Shakespeare (its sha256 differs): delete it and {mend}")
+    path = Path("data/tinyshakespeare.txt")
+    mend = f"put the file there yourself, or train on --data PATH ({URL})"
+    try:
+        found = path.read_bytes() if path.exists() else urllib.request.urlopen(URL, timeout=30).read()
+    except OSError as error:
+        raise Stop(f"{path} could not be fetched: {error}; {mend}") from None
+    if hashlib.sha256(found).hexdigest() != SHAKESPEARE_SHA256:
+        raise Stop(f"{path} is not Tiny Shakespeare (its sha256 differs): delete it and {mend}")
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write(text))
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, lambda file: file.write(found))
     return path
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file beside its place and move it there: at no time is half a file to be seen."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def to_tokens(rows: Sequence[bytes], device: torch.device) -> Tensor:
+    """Rows of bytes as tokens `[B, T]`, without making the host wait for the device."""
+    tokens = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
+    if device.type == "cuda":
+        tokens = tokens.pin_memory().to(device, non_blocking=True)
+    return tokens.to(device).long()
 
 
-def streams(text: bytes, rows: int) -> Tensor:
-    """Cut text into rows of equal length, each the continuation of the one before: `[rows, N + 1]`
-    bytes. Rows overlap by one byte, the last target and the next row's first input."""
-    length = (len(text) - 1) // rows
-    flat = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return flat.as_strided((rows, length + 1), (length, 1))
-
-
-def segments(rows: Tensor, segment: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets `[B, T]` of one pass over the streams; the last may be shorter."""
-    for start in range(0, rows.size(1) - 1, segment):
-        part = rows[:, start : start + segment + 1].to(device, torch.int64)
-        yield part[:, :-1], part[:, 1:]
-
-
-# --------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------- devices, processes, signals, files
 
 
 def find_device(name: str) -> torch.device:
     """The device that `--device` names; 'auto' takes CUDA, then MPS, then the CPU."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{LOCAL_RANK}" if LAUNCHED and name == "cuda" else name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
         reason = str(error).splitlines()[0]
-        raise Refused(f"--device {name} cannot be used: {reason}; try --device cpu") from None
+        raise Stop(f"--device {name} cannot be used: {reason}; try --device cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products; 'auto' takes bfloat16 where the hardware has it."""
+    """The dtype that `--dtype` names; 'auto' takes bfloat16 where the hardware has it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -147,170 +165,462 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """The share of the peak learning rate: up in a line, then down by a cosine to zero."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+def agreed(number: int) -> int:
+    """The largest of the processes' numbers: what one must do, all do. No device is waited for."""
+    numbers = torch.tensor(number)
+    if LAUNCHED:
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return int(numbers)
 
 
-def make_optimizer(
-    model: CompressiveTransformer, args: argparse.Namespace
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, which decays the language model's matrices alone, and its learning rate's schedule."""
+class Signals:
+    """SIGINT and SIGTERM end the program, but during training the first waits for the step."""
+
+    training, number = False, 0
+
+    def __call__(self, number: int, frame: object) -> None:
+        if not self.training:
+            raise Stop("interrupted", 128 + number)
+        self.number = number
+        if not LAUNCHED:  # torchrun passes on a Ctrl-C that the terminal has sent us already
+            signal.signal(number, signal.SIG_DFL)
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file beside its place and move it there: whenever the process or the machine stops,
+    the old file or the new one stands there whole."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save can raise the second about the first
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise Stop(f"{path} could not be written: {cause.strerror}; nothing was replaced") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def lock(folder: Path) -> IO[str]:
+    """Keep others from the folder while the file is open, which a killed process's is not."""
+    file = open(folder / ".lock", "w")
+    with suppress(ImportError):  # on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Stop(f"{folder} is in use by another process") from None
+    return file
+
+
+def load(path: Path) -> dict:
+    """A checkpoint. It is data: no code of whatever the file holds is run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = ", ".join(sorted(CHECKPOINT - state.keys()))
+    except FileNotFoundError:
+        raise
+    except Exception:  # torch raises many kinds
+        missing = "it is truncated, something else, or more than data (nothing of it was run)"
+    if missing:
+        raise Stop(f"{path} is no checkpoint of train.py, or lacks something: {missing}")
+    return state
+
+
+# ---------------------------------------------------------------------------- metrics and pictures
+
+
+class Log:
+    """The losses, in metrics.jsonl and for the reader. `state` is what a checkpoint keeps."""
+
+    def __init__(self, path: Path, args: argparse.Namespace) -> None:
+        self.path, self.steps, self.quiet = path, args.steps, args.quiet
+        self.every, self.live = max(1, min(args.steps // 40, 50)), sys.stdout.isatty()
+        self.pending: list[Tensor] = []  # losses of the last steps, on the device still
+        self.state = {"losses": [], "tokens": 0, "seconds": 0.0, "recorded": (0, 0.0)}
+        self.began = time.perf_counter()
+
+    def resume(self, state: dict, step: int) -> None:
+        """Go on as of the checkpoint: what was recorded after it will be recorded again."""
+        self.state, self.began = state, self.began - state["seconds"]
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        kept = [x for x in lines if x.endswith(b"}\n") and json.loads(x)["step"] <= step]
+        write_whole(self.path, lambda file: file.writelines(kept))
+
+    def look(self, step: int) -> None:
+        """Fetch the losses up to this step from the device, averaged over the processes."""
+        self.state["seconds"] = time.perf_counter() - self.began
+        if not self.pending:
+            return
+        losses = torch.stack(self.pending).cpu().double() / WORLD_SIZE
+        if LAUNCHED:
+            dist.all_reduce(losses)
+        bad = (~losses.isfinite()).any(dim=1).nonzero()
+        if len(bad):
+            raise FloatingPointError(f"the loss of step {step + 1 - len(losses) + int(bad[0])}")
+        self.state["losses"] += losses.tolist()
+        self.pending = []
+
+    def step(self, step: int, losses: Tensor, tokens: int, lr: float) -> None:
+        """After a step: its losses, of the language model in nats and of each layer's compression,
+        and the number of tokens it read."""
+        self.pending.append(losses)
+        self.state["tokens"] += tokens
+        if step % self.every and step != self.steps:
+            return
+        self.look(step)
+        nats, *layers = (fmean(column) for column in zip(*self.state["losses"], strict=True))
+        (tokens, seconds), last = (self.state["tokens"], self.state["seconds"]), self.state["recorded"]
+        self.state |= {"losses": [], "recorded": (tokens, seconds)}
+        record = {"step": step, "bpc": nats * BITS, "compression_loss": fmean(layers)}
+        record |= {"compression_loss_of_layers": layers, "lr": lr, "seconds": seconds}
+        record["tokens_per_second"] = (tokens - last[0]) / (seconds - last[1])
+        if RANK:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+        line = (
+            f"step {step:>{len(str(self.steps))}}/{self.steps}  bpc {record['bpc']:.3f}  "
+            f"compression loss {record['compression_loss']:.4f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  "
+            f"{seconds / step * (self.steps - step):.0f} s left"
+        )
+        end = "\x1b[K" + "\n" * (step == self.steps) if self.live else "\n"
+        if not self.quiet:
+            print("\r" * self.live + line, end=end, flush=True)
+
+
+def draw(folder: Path, ages: Sequence[Sequence[float]], title: str) -> str:
+    """Draw run.png from metrics.jsonl and the attention by age; returns a line about it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no run.png: matplotlib is not installed"
+    records = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [x["step"] for x in records]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure.suptitle(title)
+    loss, compression, attention = figure.subplots(1, 3)
+    loss.plot(steps, [x["bpc"] for x in records])
+    loss.set(title="training loss", xlabel="step", ylabel="bits per character")
+    layers = zip(*(x["compression_loss_of_layers"] for x in records), strict=True)
+    for i, losses in enumerate(layers, 1):
+        compression.plot(steps, losses, label=f"layer {i}")
+    compression.set(title="compression loss", xlabel="step", ylabel="mean square")
+    for i, name in enumerate(("compressed memory", "memory", "segment")):
+        attention.bar(range(6 * i, 6 * i + 6), ages[i], label=name)
+    attention.set(title="attention by age", xlabel="oldest to newest", ylabel="weight of a slot")
+    attention.set_xticks([])
+    for axes in (compression, attention):
+        axes.legend()
+    write_whole(folder / "run.png", partial(figure.savefig, format="png", dpi=120))
+    return f"picture in {folder / 'run.png'}"
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, text: Text, start: int, args: argparse.Namespace) -> tuple:
+    """Bits per character of the text from `start` on, one stream of which every byte is scored once
+    while memory streams over it; and the mean attention weight of a slot by age: six buckets each
+    of compressed memory, memory and segment, over the second half of the text."""
+    weight, segment = model.logits.weight, args.eval_segment or args.segment
+    weights, nats, ages = [], [], []
+    for layer in model.layers:
+        note = lambda layer, inputs, out: weights.append(out[1].mean(dim=(0, 1, 2)))  # noqa: E731
+        layer.attention.register_forward_hook(note)
+    documents = [end for end in text.ends if args.eval_reset and start < end < text.length]
+    for begin, end in pairwise([start, *documents, text.length]):
+        memory = model.initial_memory(1)
+        for at in range(begin, end, segment):
+            row = to_tokens([text.read(at - 1, min(at + segment, end))], weight.device)
+            tokens, targets = row[:, :-1], row[:, 1:]
+            lengths = memory.c_mem[0].size(1), memory.mem[0].size(1), tokens.size(1)
+            weights.clear()
+            logits, memory, _ = model(tokens, memory)
+            nats.append(F.cross_entropy(logits.to(weight.dtype).mT, targets, reduction="sum"))
+            if 2 * at >= start + text.length or not ages:
+                parts = torch.stack(weights).float().mean(dim=0).split(lengths)
+                ages.append(torch.stack([x.mean() for part in parts for x in part.tensor_split(6)]))
+    bpc = torch.stack(nats).cpu().double().sum().item() * BITS / (text.length - start)
+    return bpc, torch.stack(ages).nanmean(dim=0).view(3, 6).tolist()
+
+
+def harmless(text: str) -> str:
+    """Text that no terminal takes for a command."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def sample(model: nn.Module, prompt: bytes, args: argparse.Namespace, show: Callable) -> None:
+    """Show the continuation of the prompt as it comes."""
+    device, utf8 = model.logits.weight.device, codecs.getincrementaldecoder("utf-8")("replace")
+    model.generate(
+        to_tokens([prompt], device),
+        args.sample_bytes,
+        temperature=0.8,
+        generator=torch.Generator(device).manual_seed(args.seed),
+        stream=lambda token: show(harmless(utf8.decode(bytes(token[0].tolist())))),
+    )
+    show(utf8.decode(b"", final=True))
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+class Step(nn.Module):
+    """The forward pass of an optimiser step as one module, however many segments it reads, so that
+    DistributedDataParallel sees the whole of it."""
+
+    def __init__(self, model: CompressiveTransformer, autocast: torch.autocast) -> None:
+        super().__init__()
+        self.model, self.autocast = model, autocast
+        self.of_layers = torch.zeros(len(model.layers)).to(model.logits.weight)
+        for i, layer in enumerate(model.layers):
+            layer.register_forward_hook(partial(self.note, i))
+
+    def note(self, i: int, layer: nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
+        self.of_layers[i] += outputs[3].detach()  # in place: torch.compile need not guard a list
+
+    def forward(
+        self, segments: Sequence[tuple[Tensor, bool]], memory: Memory | None
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """Tokens `[B, T + 1]` and whether they begin the streams -> the loss to minimise, the losses
+        to report (the language model's in nats, each layer's compression loss), and the memory."""
+        total = nats = self.of_layers.zero_().sum()
+        for tokens, anew in segments:
+            with self.autocast:
+                output = self.model(tokens[:, :-1], None if anew else memory)
+            logits, memory = output.logits.to(self.of_layers.dtype), output.memory
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            total = total + (loss + output.compression_loss) / len(segments)
+            nats = nats + loss.detach()
+        return total, torch.cat([nats[None], self.of_layers]) / len(segments), memory.detach()
+
+
+def make_optimizer(model: CompressiveTransformer, args: argparse.Namespace) -> tuple:
+    """AdamW, which decays the language model's matrices alone, and its learning rate's schedule: up
+    in a line, then down by a cosine to zero."""
     language_model, compression = model.parameter_groups()
     matrices = [p for p in language_model if p.dim() >= 2]
     rest = [p for p in language_model if p.dim() < 2] + compression
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     warmup = min(100, args.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate(step, args.steps, warmup)
-    )
-    return optimizer, schedule
+
+    def share_of_peak(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (args.steps - warmup))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
 
 
-def evaluate(
-    model: CompressiveTransformer, rows: Tensor, segment: int, autocast: torch.autocast
-) -> float:
-    """Bits per character of the rows, memory streaming from segment to segment."""
-    model.eval()
-    nats, memory = 0.0, None
-    with torch.no_grad(), autocast:
-        for tokens, targets in segments(rows, segment, model.embedding.weight.device):
-            logits, memory, _ = model(tokens, memory)
-            nats += F.cross_entropy(logits.float().mT, targets, reduction="sum").item()
-    model.train()
-    return nats * BITS / (rows.size(0) * (rows.size(1) - 1))
+def settle(args: argparse.Namespace, given: dict, saved: dict) -> None:
+    """Take the checkpoint's settings where none is given, and refuse those that contradict it."""
+    free = ALWAYS_FREE | {"dtype", "seed"} if args.eval_only or args.sample else ALWAYS_FREE
+    for name, value in saved["settings"].items():
+        if name in given and given[name] != value and name not in free:
+            option = f"--{name.replace('_', '-')} {given[name]}"
+            raise Stop(f"{option}: the run in {args.resume} has {value}; leave it out")
+        setattr(args, name, given.get(name, value))
+    if saved["world_size"] != WORLD_SIZE and not (args.eval_only or args.sample):
+        processes = f"{saved['world_size']} processes, not {WORLD_SIZE}"
+        raise Stop(f"--resume {args.resume}: the run is of {processes} (torchrun --nproc-per-node)")
 
 
-class Progress:
-    """Shows a line of progress (one that changes, on a terminal) and keeps it as a line of JSON."""
-
-    def __init__(self, path: Path, steps: int) -> None:
-        self.path, self.steps = path, steps
-        self.live = sys.stdout.isatty()
-        self.every = max(1, steps // (200 if self.live else 20))
-        self.start = self.last = time.perf_counter()
-        self.losses: list[Tensor] = []
-        self.tokens = self.tokens_at_last = 0
-
-    def step(self, step: int, losses: Tensor, tokens: int, lr: float) -> None:
-        """After step number `step`: its `losses [2]`, of the language model in nats and of
-        compression, and the number of tokens it read."""
-        self.losses.append(losses)
-        self.tokens += tokens
-        if step % self.every and step != self.steps:
-            return
-        nats, compression = torch.stack(self.losses).mean(dim=0).tolist()
-        now = time.perf_counter()
-        speed = (self.tokens - self.tokens_at_last) / (now - self.last)
-        left = (now - self.start) / step * (self.steps - step)
-        record = {
-            "step": step,
-            "bpc": nats * BITS,
-            "compression_loss": compression,
-            "lr": lr,
-            "tokens_per_second": speed,
-            "seconds": now - self.start,
-        }
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        line = (
-            f"step {step:>{len(str(self.steps))}}/{self.steps}  bpc {nats * BITS:.3f}  "
-            f"compression loss {compression:.4f}  {speed:,.0f} tokens/s  {left:.0f} s left"
-        )
-        if self.live:
-            print(f"\r{line}\x1b[K", end="" if step < self.steps else "\n", flush=True)
-        else:
-            print(line, flush=True)
-        self.last, self.tokens_at_last, self.losses = now, self.tokens, []
-
-
-def readable(text: Tensor) -> str:
-    """Generated bytes as text that no terminal takes for a command."""
-    decoded = bytes(text.tolist()).decode(errors="replace")
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in decoded)
-
-
-def train(args: argparse.Namespace) -> str:
-    """Run the training that the options describe; returns its summary line."""
+def train(args: argparse.Namespace, given: dict, signals: Signals) -> str:
+    """Do what the options say; returns the last line to print."""
     start = time.perf_counter()
+    out = Path(args.resume or args.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
+    path = out / "checkpoint.pt"
+    saved = load(path) if args.resume else None
+    if saved:
+        settle(args, given, saved)
     if args.bptt and args.unroll < 2:
-        raise Refused("--bptt needs --unroll of at least 2: slots are first read a segment later")
+        raise Stop("--bptt needs --unroll of at least 2: slots are first read a segment later")
+    if args.batch_size % (WORLD_SIZE * args.accumulate):
+        shares = f"{WORLD_SIZE} processes x {args.accumulate} parts (--accumulate)"
+        raise Stop(f"--batch-size must be divisible by {shares}, got {args.batch_size}")
     try:
         config = Config(**{field.name: getattr(args, field.name) for field in MODEL_SETTINGS})
+        lengths = {"mem_len": args.eval_mem_len, "c_mem_len": args.eval_c_mem_len}
+        lengths = {name: length for name, length in lengths.items() if length is not None}
+        eval_config = replace(config, **lengths)
     except ValueError as error:
-        raise Refused(str(error)) from None
+        raise Stop(str(error)) from None
     device = find_device(args.device)
-    bfloat16 = find_dtype(args.dtype, device) == torch.bfloat16
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-
-    text = read_text(args.data)
-    if len(text) < 20 * args.batch_size:  # held out, too, every row has a byte to predict
+    args.dtype = str(find_dtype(args.dtype, device)).removeprefix("torch.")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    dtype = torch.float64 if args.dtype == "float64" else torch.float32  # of the parameters
+    text = find_text(args.data)
+    if text.length < 20 * args.batch_size:  # every row has a byte to predict, then
         needed = f"{args.batch_size} rows need {20 * args.batch_size}"
         mend = "name a longer text or a smaller --batch-size"
-        raise Refused(f"--data {args.data} has {len(text)} bytes, {needed}: {mend}")
-    split = len(text) - min(len(text) // 10, HELD_OUT)
-    train_rows = streams(text[:split], args.batch_size)
-    held_out = streams(text[split:], args.batch_size)
+        raise Stop(f"--data {args.data} has {text.length} bytes, {needed}: {mend}")
+    split = text.length - min(text.length // 10, HELD_OUT)
+    fingerprint = text.fingerprint()
+    if saved and saved["text"] != fingerprint:
+        raise Stop(f"--data {args.data} is not the text that the run in {out} reads: it has changed")
+
+    show = partial(print, end="", flush=True)
+    only = args.eval_only or args.sample
+    if only and not saved:
+        raise Stop("--eval-only and --sample need a run: add --resume RUN")
+    if LAUNCHED and not only:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if args.eval_only or args.sample:
+        model = CompressiveTransformer(eval_config).to(device, dtype).eval()
+        model.load_state_dict(saved["model"])
+        with autocast:
+            if args.eval_only:
+                return f"val_bpc={evaluate(model, text, split, args)[0]:.4f}"
+            prompt = os.fsencode(args.prompt) or text.read(split, split + args.segment)
+            show(harmless(prompt.decode(errors="replace")))
+            sample(model, prompt, args, show)
+            return ""
 
     torch.manual_seed(args.seed)
-    model = CompressiveTransformer(config).to(device)
-    groups = model.parameter_groups()
+    model = CompressiveTransformer(config).to(device, dtype)
+    if RANK:
+        torch.manual_seed(args.seed + RANK)  # dropout differs from row to row
     optimizer, schedule = make_optimizer(model, args)
-    out = Path(args.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise Refused(f"--out {out} is not empty: name a new folder, so that no run is lost")
-    print(
-        f"{len(text):,} bytes of {args.data}; {sum(p.numel() for p in model.parameters()):,} "
-        f"parameters; {device.type}, {'bfloat16' if bfloat16 else 'float32'}; results in {out}"
-    )
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 32
+        model.compile()
+    step_of = Step(model, autocast)
+    if LAUNCHED:  # True also where all is used: else the buckets, and with them rounding, change
+        step_of = nn.parallel.DistributedDataParallel(step_of, find_unused_parameters=True)
+    memories: list[Memory | None] = [None] * args.accumulate
+    log, at, first = Log(out / "metrics.jsonl", args), 0, 0
+    if saved:
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            at, first, mine = saved["at"], saved["step"], saved["ranks"][RANK]
+            memories = [
+                m and Memory(*(tuple(x.to(device) for x in part) for part in m))
+                for m in mine["memories"]
+            ]
+            torch.set_rng_state(mine["random"]["cpu"])
+            if device.type == "cuda" and "cuda" in mine["random"]:
+                torch.cuda.set_rng_state(mine["random"]["cuda"])
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise Stop(f"{path} does not fit: {str(error).splitlines()[0]}") from None
 
-    progress = Progress(out / "metrics.jsonl", args.steps)
-    feed, memory = iter(()), None
-    for step in range(1, args.steps + 1):
-        losses, read = torch.zeros(2, device=device), 0
+    def save(step: int) -> None:
+        log.look(step)
+        tensors = [*model.parameters(), *(x for m in memories if m for part in m for x in part)]
+        if agreed(not all(bool(x.isfinite().all()) for x in tensors)):
+            raise FloatingPointError(f"a parameter or memory after step {step}")
+        random = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
+        # A clone: memories are views, and a view is saved with all that it is a view of.
+        kept = [m and [[x.cpu().clone() for x in part] for part in m] for m in memories]
+        ranks = [{"memories": kept, "random": random}]
+        if LAUNCHED:
+            gathered = [None] * WORLD_SIZE if RANK == 0 else None
+            dist.gather_object(ranks[0], gathered)
+            ranks = gathered
+        if RANK == 0:
+            state = {
+                "config": asdict(config),
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "step": step,
+                "at": at,
+                "ranks": ranks,
+                "log": log.state,
+                "settings": {k: v for k, v in vars(args).items() if k not in OF_A_COMMAND},
+                "text": fingerprint,
+                "world_size": WORLD_SIZE,
+            }
+            write_whole(path, partial(torch.save, state))
+
+    if RANK == 0:
+        if not saved and out.exists() and any(not x.name.startswith(".") for x in out.iterdir()):
+            raise Stop(f"--out {out} is not empty: name a new folder, so that no run is lost")
+        out.mkdir(parents=True, exist_ok=True)
+        locked = lock(out)  # noqa: F841
+        if saved:
+            log.resume(saved["log"], first)
+    elif saved:
+        log.state = saved["log"]
+    if not saved:
+        save(0)
+    settings = {k: v for k, v in vars(args).items() if k not in OF_A_COMMAND}
+    write_settings = json.dumps(settings, indent=2)
+    if RANK == 0:
+        write_whole(out / "settings.json", lambda f: f.write(write_settings.encode()))
+
+    signals.training = True
+    share = args.batch_size // WORLD_SIZE
+    length = (split - 1) // args.batch_size
+    for step in range(first + 1, args.steps + 1):
+        segments, read = [], 0
         for _ in range(args.unroll):
-            batch = next(feed, None)
-            if batch is None:  # the streams begin anew, and so does the memory
-                feed, memory = segments(train_rows, args.segment, device), None
-                batch = next(feed)
-            tokens, targets = batch
-            with autocast:
-                logits, memory, compression_loss = model(tokens, memory)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-            losses = losses + torch.stack([loss, compression_loss.float()]) / args.unroll
-            read += tokens.numel()
-        losses.sum().backward()
-        memory = memory.detach()
-        for group in groups:  # apart: a joint norm would let either loss scale the other's step
+            begin = at % length
+            at = min(begin + args.segment, length)
+            starts = [r * length for r in range(RANK * share, RANK * share + share)]
+            rows = [text.read(s + begin, s + at + 1) for s in starts]
+            segments.append((to_tokens(rows, device), begin == 0))
+            read += (at - begin) * args.batch_size
+        losses = 0.0
+        for k in range(args.accumulate):
+            part = [(tokens.chunk(args.accumulate)[k], anew) for tokens, anew in segments]
+            last = k == args.accumulate - 1
+            with nullcontext() if last or not LAUNCHED else step_of.no_sync():
+                loss, reported, memories[k] = step_of(part, memories[k])
+                (loss / args.accumulate).backward()
+            losses = losses + reported / args.accumulate
+        for group in model.parameter_groups():
             torch.nn.utils.clip_grad_norm_(group, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        progress.step(step, losses.detach(), read, schedule.get_last_lr()[0])
+        log.step(step, losses, read, schedule.get_last_lr()[0])
         schedule.step()
+        number = agreed(signals.number)
+        if number or step % args.save_every == 0 or step == args.steps:
+            save(step)
+        if number:
+            raise Stop(f"stopped after step {step}", 128 + number)
+    signals.training = False
+    if LAUNCHED:
+        dist.destroy_process_group()
+    if RANK:
+        return ""
 
-    speed = progress.tokens / (progress.last - progress.start)
-    val_bpc = evaluate(model, held_out, args.segment, autocast)
-    state = {"config": asdict(config), "model": model.state_dict(), "step": args.steps}
-    write_whole(out / "checkpoint.pt", partial(torch.save, state))
-    prompt = held_out[:1, : args.segment].to(device, torch.int64)
-    sampler = torch.Generator(device).manual_seed(args.seed)
-    model.eval()
+    tested = CompressiveTransformer(eval_config).to(device, dtype).eval()
+    tested.load_state_dict(model.state_dict())
+    prompt = text.read(split, split + args.segment)
+    written = [f"--- prompt (held-out text)\n{harmless(prompt.decode(errors='replace'))}\n"]
+    written.append("--- continuation\n")
+    show = (lambda words: None) if args.quiet else show
+    show("\n" + "".join(written))
     with autocast:
-        sample = model.generate(prompt, args.sample, temperature=0.8, generator=sampler)[0]
-    new = sample[prompt.size(1) :]
-    print(f"\n--- prompt (held-out text)\n{readable(prompt[0])}")
-    print(f"--- continuation\n{readable(new)}\n---")
-    seconds = time.perf_counter() - start
+        val_bpc, ages = evaluate(tested, text, split, args)
+        sample(tested, prompt, args, lambda words: (written.append(words), show(words)))
+    show("\n---\n")
+    write_whole(out / "sample.txt", lambda file: file.write("".join(written).encode()))
+    title = f"{args.data}, {sum(p.numel() for p in model.parameters()):,} parameters, {val_bpc:.4f}"
+    show(draw(out, ages, title + " bits per character on held-out text") + "\n")
+    seconds, speed = time.perf_counter() - start, log.state["tokens"] / log.state["seconds"]
     return f"val_bpc={val_bpc:.4f} tokens_per_second={speed:.0f} seconds={seconds:.1f}"
 
 
 # --------------------------------------------------------------------------------- command line
 
 MODEL_SETTINGS = [field for field in fields(Config) if field.name != "vocab_size"]  # 256: bytes
+OF_A_COMMAND = {"resume", "out", "eval_only", "sample", "prompt", "quiet"}  # not of the run
+ALWAYS_FREE = {"data", "device", "compile", "save_every", "sample_bytes"}  # the text is compared
+ALWAYS_FREE |= {"eval_mem_len", "eval_c_mem_len", "eval_segment", "eval_reset"}
+CHECKPOINT = {"config", "model", "optimizer", "schedule", "step", "at", "ranks", "log"}
+CHECKPOINT |= {"settings", "text", "world_size"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -334,59 +644,73 @@ def number(kind: type, low: float) -> Callable[[str], float]:
     return parse
 
 
-def parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
+def parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace, dict]:
+    """The options, and those of them that were given."""
     parser = Parser(
         prog="train.py",
         description="Train a byte-level Compressive Transformer on text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add(
-        "--data",
-        default="stdlib",
-        help="'stdlib' (the sources of Python's standard library), 'tinyshakespeare' (fetched once "
-        "into data/), or a file or folder of text",
-    )
-    add("--out", help="folder for metrics.jsonl and checkpoint.pt; by default runs/ and the time")
+    whole, flag = number(int, 1), {"action": "store_true"}
+    texts = "'stdlib' (the sources of Python's standard library), 'tinyshakespeare' (fetched once into"
+    add = parser.add_argument_group("the run").add_argument
+    add("--data", default="stdlib", help=f"{texts} data/), or a file or folder of text")
+    add("--out", help="the run's folder; by default runs/ and the time")
+    add("--resume", metavar="RUN", help="go on with the run in that folder, with its settings")
+    add("--eval-only", **flag, help="only evaluate the checkpoint of --resume")
+    add("--sample", **flag, help="only generate from the checkpoint of --resume")
+    add("--prompt", default="", help="text for --sample to continue; by default held-out text")
+    add("--sample-bytes", type=number(int, 0), default=500, help="length of a sample")
+    add("--save-every", type=whole, default=500, help="steps from checkpoint to checkpoint")
+    add("--quiet", **flag, help="print the last line alone")
+    add = parser.add_argument_group("training").add_argument
     add("--device", default="auto", help="auto (CUDA, then MPS, then CPU) or a torch device")
     add(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="of the matrix products; auto: bfloat16 where the hardware has it",
+        choices=("auto", "float32", "bfloat16", "float64"),
+        help="of the matrix products (float64: of all); auto: bfloat16 where the hardware has it",
     )
-    add("--steps", type=number(int, 1), default=1200, help="optimiser steps")
-    add("--batch-size", type=number(int, 1), default=32, help="rows, each a stream of its own")
-    add("--segment", type=number(int, 1), default=64, help="tokens of a row in a segment")
-    add("--unroll", type=number(int, 1), default=1, help="segments in an optimiser step")
+    add("--compile", **flag, help="compile the model (torch.compile)")
+    add("--steps", type=whole, default=1200, help="optimiser steps")
+    add("--batch-size", type=whole, default=32, help="rows, each a stream of its own")
+    add("--accumulate", type=whole, default=1, help="parts that the rows are computed in, in turn")
+    add("--segment", type=whole, default=64, help="tokens of a row in a segment")
+    add("--unroll", type=whole, default=1, help="segments in an optimiser step")
     add("--lr", type=number(float, 0), default=3e-3, help="peak learning rate of AdamW")
-    add("--sample", type=number(int, 0), default=500, help="bytes of the sample at the end")
     add("--seed", type=number(int, 0), default=0, help="of the weights, dropout and the sample")
-    model = parser.add_argument_group("the model")
+    add = parser.add_argument_group("evaluation, by default as in training").add_argument
+    add("--eval-mem-len", type=number(int, 0), help="slots of memory")
+    add("--eval-c-mem-len", type=number(int, 0), help="slots of compressed memory")
+    add("--eval-segment", type=whole, help="tokens of a segment")
+    add("--eval-reset", **flag, help="drop the memory where a file begins")
+    add = parser.add_argument_group("the model").add_argument
     for field in MODEL_SETTINGS:
         how = {"type": type(field.default)}
         if isinstance(field.default, bool):
             how = {"action": argparse.BooleanOptionalAction}
-        model.add_argument(
-            "--" + field.name.replace("_", "-"),
-            default=field.default,
-            help=field.metadata["help"],
-            **how,
-        )
-    return parser, parser.parse_args(argv)
+        name = "--" + field.name.replace("_", "-")
+        add(name, default=field.default, help=field.metadata["help"], **how)
+    args = parser.parse_args(argv)
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # defaults fill in what is missing only
+    given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
+    return parser, args, given
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser, args = parse(argv)
+    parser, args, given = parse(argv)
+    signals, status, message = Signals(), 0, ""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signals)
+    sys.stdout.reconfigure(errors="replace")  # any byte may turn up in a sample
     try:
-        summary = train(args)
-    except Refused as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        print(train(args, given, signals))
+    except Stop as stop:
+        status, message = stop.status, str(stop)
     except OSError as error:
-        parser.exit(2, f"{parser.prog}: {error.filename or 'writing'}: {error.strerror or error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: interrupted; the metrics so far are kept\n")
-    print(summary)
+        status, message = 2, f"{error.filename or 'writing'}: {error.strerror or error}"
+    if status:
+        parser.exit(status, f"{parser.prog}: {message}\n")
 
 
 if __name__ == "__main__":
