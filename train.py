@@ -115,12 +115,13 @@ def fetch_shakespeare() -> Path:
     path = Path("data/tinyshakespeare.txt")
     mend = f"put the file there yourself, or train on --data PATH ({URL})"
     try:
-        found = path.read_bytes() if path.exists() else urllib.request.urlopen(URL, timeout=30).read()
+        there = path.exists()
+        found = path.read_bytes() if there else urllib.request.urlopen(URL, timeout=30).read()
     except OSError as error:
         raise Stop(f"{path} could not be fetched: {error}; {mend}") from None
     if hashlib.sha256(found).hexdigest() != SHAKESPEARE_SHA256:
         raise Stop(f"{path} is not Tiny Shakespeare (its sha256 differs): delete it and {mend}")
-    if not path.exists():
+    if not there:
         path.parent.mkdir(exist_ok=True)
         write_whole(path, lambda file: file.write(found))
     return path
@@ -138,13 +139,12 @@ def to_tokens(rows: Sequence[bytes], device: torch.device) -> Tensor:
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `--device` names; 'auto' takes CUDA, then MPS, then the CPU."""
+    """The device that `--device` names; 'auto' takes CUDA or another accelerator, or the CPU."""
     if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+        name = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
     try:
-        device = torch.device(f"cuda:{LOCAL_RANK}" if LAUNCHED and name == "cuda" else name)
-        torch.zeros(1, device=device).item()
+        device = torch.device(name, LOCAL_RANK) if LAUNCHED and name == "cuda" else name
+        device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
         reason = str(error).splitlines()[0]
         raise Stop(f"--device {name} cannot be used: {reason}; try --device cpu") from None
@@ -176,20 +176,20 @@ def agreed(number: int) -> int:
 class Signals:
     """SIGINT and SIGTERM end the program, but during training the first waits for the step."""
 
-    training, number = False, 0
+    training, number, again = False, 0, ""  # again: the command to go on with
 
     def __call__(self, number: int, frame: object) -> None:
         if not self.training:
             raise Stop("interrupted", 128 + number)
         self.number = number
         if not LAUNCHED:  # torchrun passes on a Ctrl-C that the terminal has sent us already
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file beside its place and move it there: whenever the process or the machine stops,
     the old file or the new one stands there whole."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
             write(file)
@@ -197,10 +197,10 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save can raise the second about the first
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        reason = getattr(error.__context__ or error, "strerror", None)
+        if reason is None:
             raise
-        raise Stop(f"{path} could not be written: {cause.strerror}; nothing was replaced") from None
+        raise Stop(f"{path} could not be written: {reason}; nothing was replaced") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -236,25 +236,32 @@ def load(path: Path) -> dict:
 
 
 class Log:
-    """The losses, in metrics.jsonl and for the reader. `state` is what a checkpoint keeps."""
+    """The losses, in metrics.jsonl and for the reader."""
 
-    def __init__(self, path: Path, args: argparse.Namespace) -> None:
-        self.path, self.steps, self.quiet = path, args.steps, args.quiet
-        self.every, self.live = max(1, min(args.steps // 40, 50)), sys.stdout.isatty()
+    def __init__(self, folder: Path, steps: int, show: Callable[[str], object]) -> None:
+        self.path, self.steps, self.show = folder / "metrics.jsonl", steps, show
+        self.every = max(1, min(steps // 40, 50))  # nothing of the terminal: metrics depend on it
         self.pending: list[Tensor] = []  # losses of the last steps, on the device still
-        self.state = {"losses": [], "tokens": 0, "seconds": 0.0, "recorded": (0, 0.0)}
-        self.began = time.perf_counter()
+        self.losses: list[list[float]] = []  # of the others since the last record
+        self.tokens, self.began, self.recorded = 0, time.perf_counter(), (0, 0.0)
+        self.saved = 0  # the step of the last checkpoint
 
-    def resume(self, state: dict, step: int) -> None:
-        """Go on as of the checkpoint: what was recorded after it will be recorded again."""
-        self.state, self.began = state, self.began - state["seconds"]
+    def state_dict(self) -> dict:
+        seconds = time.perf_counter() - self.began
+        return {"losses": self.losses, "tokens": self.tokens, "seconds": seconds}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.losses, self.tokens = state["losses"], state["tokens"]
+        self.began, self.recorded = self.began - state["seconds"], (self.tokens, state["seconds"])
+
+    def cut(self, step: int) -> None:
+        """Forget what was recorded after a step, a line that was never finished among it."""
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         kept = [x for x in lines if x.endswith(b"}\n") and json.loads(x)["step"] <= step]
         write_whole(self.path, lambda file: file.writelines(kept))
 
     def look(self, step: int) -> None:
         """Fetch the losses up to this step from the device, averaged over the processes."""
-        self.state["seconds"] = time.perf_counter() - self.began
         if not self.pending:
             return
         losses = torch.stack(self.pending).cpu().double() / WORLD_SIZE
@@ -262,37 +269,42 @@ class Log:
             dist.all_reduce(losses)
         bad = (~losses.isfinite()).any(dim=1).nonzero()
         if len(bad):
-            raise FloatingPointError(f"the loss of step {step + 1 - len(losses) + int(bad[0])}")
-        self.state["losses"] += losses.tolist()
+            self.diverged(f"the loss of step {step + 1 - len(losses) + int(bad[0])}")
+        self.losses += losses.tolist()
         self.pending = []
+
+    def diverged(self, what: str) -> NoReturn:
+        good = f"{self.path.with_name('checkpoint.pt')}, after step {self.saved}"
+        raise Stop(f"{what} is not finite; the last good checkpoint is {good}", 1)
 
     def step(self, step: int, losses: Tensor, tokens: int, lr: float) -> None:
         """After a step: its losses, of the language model in nats and of each layer's compression,
         and the number of tokens it read."""
         self.pending.append(losses)
-        self.state["tokens"] += tokens
+        self.tokens += tokens
         if step % self.every and step != self.steps:
             return
         self.look(step)
-        nats, *layers = (fmean(column) for column in zip(*self.state["losses"], strict=True))
-        (tokens, seconds), last = (self.state["tokens"], self.state["seconds"]), self.state["recorded"]
-        self.state |= {"losses": [], "recorded": (tokens, seconds)}
+        nats, *layers = (fmean(column) for column in zip(*self.losses, strict=True))
+        seconds, (old_tokens, old_seconds) = time.perf_counter() - self.began, self.recorded
+        self.losses, self.recorded = [], (self.tokens, seconds)
         record = {"step": step, "bpc": nats * BITS, "compression_loss": fmean(layers)}
         record |= {"compression_loss_of_layers": layers, "lr": lr, "seconds": seconds}
-        record["tokens_per_second"] = (tokens - last[0]) / (seconds - last[1])
+        record["tokens_per_second"] = (self.tokens - old_tokens) / (seconds - old_seconds)
         if RANK:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
+        left, width = seconds / step * (self.steps - step), len(str(self.steps))
         line = (
-            f"step {step:>{len(str(self.steps))}}/{self.steps}  bpc {record['bpc']:.3f}  "
+            f"step {step:>{width}}/{self.steps}  bpc {record['bpc']:.3f}  "
             f"compression loss {record['compression_loss']:.4f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  "
-            f"{seconds / step * (self.steps - step):.0f} s left"
+            f"{record['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left"
         )
-        end = "\x1b[K" + "\n" * (step == self.steps) if self.live else "\n"
-        if not self.quiet:
-            print("\r" * self.live + line, end=end, flush=True)
+        end = "\n"
+        if sys.stdout.isatty():
+            line, end = f"\r{line}\x1b[K", "\n" * (step == self.steps)
+        self.show(line + end)
 
 
 def draw(folder: Path, ages: Sequence[Sequence[float]], title: str) -> str:
@@ -387,8 +399,8 @@ class Step(nn.Module):
     def forward(
         self, segments: Sequence[tuple[Tensor, bool]], memory: Memory | None
     ) -> tuple[Tensor, Tensor, Memory]:
-        """Tokens `[B, T + 1]` and whether they begin the streams -> the loss to minimise, the losses
-        to report (the language model's in nats, each layer's compression loss), and the memory."""
+        """Tokens `[B, T + 1]` and whether they begin the streams -> the loss to minimise, losses to
+        report (the language model's in nats, each layer's compression loss), and the memory."""
         total = nats = self.of_layers.zero_().sum()
         for tokens, anew in segments:
             with self.autocast:
@@ -419,25 +431,28 @@ def make_optimizer(model: CompressiveTransformer, args: argparse.Namespace) -> t
 
 
 def settle(args: argparse.Namespace, given: dict, saved: dict) -> None:
-    """Take the checkpoint's settings where none is given, and refuse those that contradict it."""
-    free = ALWAYS_FREE | {"dtype", "seed"} if args.eval_only or args.sample else ALWAYS_FREE
+    """Take the run's settings where none is given, and refuse those that contradict it."""
+    only = args.eval_only or args.sample
+    free = MAY_DIFFER | {"dtype", "seed"} if only else MAY_DIFFER
     for name, value in saved["settings"].items():
         if name in given and given[name] != value and name not in free:
             option = f"--{name.replace('_', '-')} {given[name]}"
             raise Stop(f"{option}: the run in {args.resume} has {value}; leave it out")
         setattr(args, name, given.get(name, value))
-    if saved["world_size"] != WORLD_SIZE and not (args.eval_only or args.sample):
-        processes = f"{saved['world_size']} processes, not {WORLD_SIZE}"
-        raise Stop(f"--resume {args.resume}: the run is of {processes} (torchrun --nproc-per-node)")
+    if saved["world_size"] != WORLD_SIZE and not only:
+        mend = f"torchrun --nproc-per-node {saved['world_size']} train.py --resume {args.resume}"
+        raise Stop(f"the run is of {saved['world_size']} processes, not {WORLD_SIZE}: {mend}")
 
 
 def train(args: argparse.Namespace, given: dict, signals: Signals) -> str:
     """Do what the options say; returns the last line to print."""
-    start = time.perf_counter()
+    start, only = time.perf_counter(), args.eval_only or args.sample
     out = Path(args.resume or args.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
-    path = out / "checkpoint.pt"
-    saved = load(path) if args.resume else None
-    if saved:
+    path, saved = out / "checkpoint.pt", None
+    if only and not args.resume:
+        raise Stop("--eval-only and --sample need the folder of a run: add --resume RUN")
+    if args.resume:
+        saved = load(path)
         settle(args, given, saved)
     if args.bptt and args.unroll < 2:
         raise Stop("--bptt needs --unroll of at least 2: slots are first read a segment later")
@@ -447,8 +462,7 @@ def train(args: argparse.Namespace, given: dict, signals: Signals) -> str:
     try:
         config = Config(**{field.name: getattr(args, field.name) for field in MODEL_SETTINGS})
         lengths = {"mem_len": args.eval_mem_len, "c_mem_len": args.eval_c_mem_len}
-        lengths = {name: length for name, length in lengths.items() if length is not None}
-        eval_config = replace(config, **lengths)
+        eval_config = replace(config, **{k: v for k, v in lengths.items() if v is not None})
     except ValueError as error:
         raise Stop(str(error)) from None
     device = find_device(args.device)
@@ -460,129 +474,123 @@ def train(args: argparse.Namespace, given: dict, signals: Signals) -> str:
         needed = f"{args.batch_size} rows need {20 * args.batch_size}"
         mend = "name a longer text or a smaller --batch-size"
         raise Stop(f"--data {args.data} has {text.length} bytes, {needed}: {mend}")
-    split = text.length - min(text.length // 10, HELD_OUT)
-    fingerprint = text.fingerprint()
+    split, fingerprint = text.length - min(text.length // 10, HELD_OUT), text.fingerprint()
     if saved and saved["text"] != fingerprint:
-        raise Stop(f"--data {args.data} is not the text that the run in {out} reads: it has changed")
+        raise Stop(f"--data {args.data} is another text than the one that {out} was trained on")
 
-    show = partial(print, end="", flush=True)
-    only = args.eval_only or args.sample
-    if only and not saved:
-        raise Stop("--eval-only and --sample need a run: add --resume RUN")
-    if LAUNCHED and not only:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if args.eval_only or args.sample:
+    show = str if RANK or args.quiet and not args.sample else partial(print, end="", flush=True)
+
+    def at_rest(weights: dict[str, Tensor]) -> nn.Module:
         model = CompressiveTransformer(eval_config).to(device, dtype).eval()
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(weights)
+        return model
+
+    prompt = os.fsencode(args.prompt) or text.read(split, split + args.segment)
+    opening = harmless(prompt.decode(errors="replace"))
+    if only:
+        if RANK:
+            return ""
         with autocast:
             if args.eval_only:
-                return f"val_bpc={evaluate(model, text, split, args)[0]:.4f}"
-            prompt = os.fsencode(args.prompt) or text.read(split, split + args.segment)
-            show(harmless(prompt.decode(errors="replace")))
-            sample(model, prompt, args, show)
-            return ""
+                return f"val_bpc={evaluate(at_rest(saved['model']), text, split, args)[0]:.4f}\n"
+            show(opening)
+            sample(at_rest(saved["model"]), prompt, args, show)
+        return "\n"
 
+    if LAUNCHED:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     model = CompressiveTransformer(config).to(device, dtype)
     if RANK:
-        torch.manual_seed(args.seed + RANK)  # dropout differs from row to row
+        torch.manual_seed(args.seed + RANK)  # for dropout, which differs from row to row
     optimizer, schedule = make_optimizer(model, args)
+    log = Log(out, args.steps, show)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "log": log}
     if args.compile:
-        torch._dynamo.config.recompile_limit = 32
+        torch._dynamo.config.recompile_limit = 32  # a few are needed until memory is full
         model.compile()
-    step_of = Step(model, autocast)
-    if LAUNCHED:  # True also where all is used: else the buckets, and with them rounding, change
-        step_of = nn.parallel.DistributedDataParallel(step_of, find_unused_parameters=True)
-    memories: list[Memory | None] = [None] * args.accumulate
-    log, at, first = Log(out / "metrics.jsonl", args), 0, 0
+    forward = Step(model, autocast)
+    if LAUNCHED:  # without find_unused_parameters, buckets and thus rounding change after a step
+        forward = nn.parallel.DistributedDataParallel(forward, find_unused_parameters=True)
+    first, at, memories = 0, 0, [None] * args.accumulate  # at: how far all rows have been read
     if saved:
         try:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            schedule.load_state_dict(saved["schedule"])
-            at, first, mine = saved["at"], saved["step"], saved["ranks"][RANK]
-            memories = [
-                m and Memory(*(tuple(x.to(device) for x in part) for part in m))
-                for m in mine["memories"]
-            ]
-            torch.set_rng_state(mine["random"]["cpu"])
-            if device.type == "cuda" and "cuda" in mine["random"]:
-                torch.cuda.set_rng_state(mine["random"]["cuda"])
-        except (RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise Stop(f"{path} does not fit: {str(error).splitlines()[0]}") from None
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            first, at, mine = saved["step"], saved["at"], saved["ranks"][RANK]
+            log.saved = first
+            for i, kept in enumerate(mine["memories"]):
+                memories[i] = kept and Memory(*(tuple(x.to(device) for x in k) for k in kept))
+            torch.set_rng_state(mine["random"])
+            if device.type == "cuda" and mine["cuda"] is not None:
+                torch.cuda.set_rng_state(mine["cuda"])
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise Stop(f"{path} does not fit this run: {str(error).splitlines()[0]}") from None
 
     def save(step: int) -> None:
         log.look(step)
-        tensors = [*model.parameters(), *(x for m in memories if m for part in m for x in part)]
-        if agreed(not all(bool(x.isfinite().all()) for x in tensors)):
-            raise FloatingPointError(f"a parameter or memory after step {step}")
-        random = {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state()
-        # A clone: memories are views, and a view is saved with all that it is a view of.
-        kept = [m and [[x.cpu().clone() for x in part] for part in m] for m in memories]
-        ranks = [{"memories": kept, "random": random}]
+        slots = [x for memory in memories if memory for kind in memory for x in kind]
+        if agreed(not all(bool(x.isfinite().all()) for x in (*model.parameters(), *slots))):
+            log.diverged(f"a parameter or memory after step {step}")
+        mine = {  # clones: memories are views, and with a view goes all that it is a view of
+            "memories": [m and [[x.cpu().clone() for x in kind] for kind in m] for m in memories],
+            "random": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+        }
+        ranks = [mine] * WORLD_SIZE
         if LAUNCHED:
-            gathered = [None] * WORLD_SIZE if RANK == 0 else None
-            dist.gather_object(ranks[0], gathered)
-            ranks = gathered
+            dist.gather_object(mine, None if RANK else ranks)
         if RANK == 0:
-            state = {
-                "config": asdict(config),
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "step": step,
-                "at": at,
-                "ranks": ranks,
-                "log": log.state,
-                "settings": {k: v for k, v in vars(args).items() if k not in OF_A_COMMAND},
-                "text": fingerprint,
-                "world_size": WORLD_SIZE,
-            }
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"config": asdict(config), "settings": settings, "text": fingerprint}
+            state |= {"step": step, "at": at, "ranks": ranks, "world_size": WORLD_SIZE}
             write_whole(path, partial(torch.save, state))
+        log.saved = step
 
+    settings = {name: value for name, value in vars(args).items() if name not in OF_A_COMMAND}
     if RANK == 0:
         if not saved and out.exists() and any(not x.name.startswith(".") for x in out.iterdir()):
             raise Stop(f"--out {out} is not empty: name a new folder, so that no run is lost")
         out.mkdir(parents=True, exist_ok=True)
-        locked = lock(out)  # noqa: F841
-        if saved:
-            log.resume(saved["log"], first)
-    elif saved:
-        log.state = saved["log"]
-    if not saved:
-        save(0)
-    settings = {k: v for k, v in vars(args).items() if k not in OF_A_COMMAND}
-    write_settings = json.dumps(settings, indent=2)
+        locked = lock(out)  # noqa: F841  (as long as it is open)
+    if saved and RANK == 0:
+        log.cut(first)
+    elif not saved:
+        save(0)  # first of all, so that whatever happens the run can go on
     if RANK == 0:
-        write_whole(out / "settings.json", lambda f: f.write(write_settings.encode()))
+        words = json.dumps(settings, indent=2).encode()
+        write_whole(out / "settings.json", lambda file: file.write(words))
+    signals.again = f"{'torchrun --nproc-per-node ' + str(WORLD_SIZE) if LAUNCHED else 'python'} "
+    signals.again += shlex.join([sys.argv[0], "--resume", str(out)])
+    show(
+        f"{text.length:,} bytes of {args.data}; {sum(p.numel() for p in model.parameters()):,} "
+        f"parameters; {device.type}, {args.dtype}; {f'{WORLD_SIZE} processes; ' * LAUNCHED}"
+        f"{f'after step {first}; ' * bool(saved)}results in {out}\n"
+    )
 
-    signals.training = True
-    share = args.batch_size // WORLD_SIZE
-    length = (split - 1) // args.batch_size
+    signals.training, share = True, args.batch_size // WORLD_SIZE
+    length = (split - 1) // args.batch_size  # of a row, less the byte it shares with the next
+    starts = [row * length for row in range(RANK * share, (RANK + 1) * share)]
     for step in range(first + 1, args.steps + 1):
-        segments, read = [], 0
+        segments, tokens, losses = [], 0, torch.zeros(())
         for _ in range(args.unroll):
-            begin = at % length
+            begin = at % length  # at the end, rows begin anew, and so does the memory
             at = min(begin + args.segment, length)
-            starts = [r * length for r in range(RANK * share, RANK * share + share)]
-            rows = [text.read(s + begin, s + at + 1) for s in starts]
+            tokens += args.batch_size * (at - begin)
+            rows = [text.read(start + begin, start + at + 1) for start in starts]
             segments.append((to_tokens(rows, device), begin == 0))
-            read += (at - begin) * args.batch_size
-        losses = 0.0
-        for k in range(args.accumulate):
-            part = [(tokens.chunk(args.accumulate)[k], anew) for tokens, anew in segments]
-            last = k == args.accumulate - 1
-            with nullcontext() if last or not LAUNCHED else step_of.no_sync():
-                loss, reported, memories[k] = step_of(part, memories[k])
+        for i in range(args.accumulate):
+            part = [(rows.chunk(args.accumulate)[i], anew) for rows, anew in segments]
+            last = i == args.accumulate - 1 or not LAUNCHED
+            with nullcontext() if last else forward.no_sync():
+                loss, found, memories[i] = forward(part, memories[i])
                 (loss / args.accumulate).backward()
-            losses = losses + reported / args.accumulate
-        for group in model.parameter_groups():
+            losses = found / args.accumulate + losses
+        for group in model.parameter_groups():  # apart: jointly, either would scale the other down
             torch.nn.utils.clip_grad_norm_(group, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        log.step(step, losses, read, schedule.get_last_lr()[0])
+        log.step(step, losses, tokens, schedule.get_last_lr()[0])
         schedule.step()
         number = agreed(signals.number)
         if number or step % args.save_every == 0 or step == args.steps:
@@ -595,32 +603,25 @@ def train(args: argparse.Namespace, given: dict, signals: Signals) -> str:
     if RANK:
         return ""
 
-    tested = CompressiveTransformer(eval_config).to(device, dtype).eval()
-    tested.load_state_dict(model.state_dict())
-    prompt = text.read(split, split + args.segment)
-    written = [f"--- prompt (held-out text)\n{harmless(prompt.decode(errors='replace'))}\n"]
-    written.append("--- continuation\n")
-    show = (lambda words: None) if args.quiet else show
-    show("\n" + "".join(written))
+    written = [f"--- prompt (held-out text)\n{opening}\n--- continuation\n"]
     with autocast:
-        val_bpc, ages = evaluate(tested, text, split, args)
-        sample(tested, prompt, args, lambda words: (written.append(words), show(words)))
-    show("\n---\n")
+        val_bpc, ages = evaluate(at_rest(model.state_dict()), text, split, args)
+        show("\n" + written[0])
+        sample(at_rest(model.state_dict()), prompt, args, lambda x: (written.append(x), show(x)))
     write_whole(out / "sample.txt", lambda file: file.write("".join(written).encode()))
-    title = f"{args.data}, {sum(p.numel() for p in model.parameters()):,} parameters, {val_bpc:.4f}"
-    show(draw(out, ages, title + " bits per character on held-out text") + "\n")
-    seconds, speed = time.perf_counter() - start, log.state["tokens"] / log.state["seconds"]
-    return f"val_bpc={val_bpc:.4f} tokens_per_second={speed:.0f} seconds={seconds:.1f}"
+    show(f"\n---\n{draw(out, ages, f'{args.data}: {val_bpc:.3f} bits per character held out')}\n")
+    speed, seconds = log.tokens / max(log.recorded[1], 1e-9), time.perf_counter() - start
+    return f"val_bpc={val_bpc:.4f} tokens_per_second={speed:.0f} seconds={seconds:.1f}\n"
 
 
 # --------------------------------------------------------------------------------- command line
 
 MODEL_SETTINGS = [field for field in fields(Config) if field.name != "vocab_size"]  # 256: bytes
 OF_A_COMMAND = {"resume", "out", "eval_only", "sample", "prompt", "quiet"}  # not of the run
-ALWAYS_FREE = {"data", "device", "compile", "save_every", "sample_bytes"}  # the text is compared
-ALWAYS_FREE |= {"eval_mem_len", "eval_c_mem_len", "eval_segment", "eval_reset"}
-CHECKPOINT = {"config", "model", "optimizer", "schedule", "step", "at", "ranks", "log"}
-CHECKPOINT |= {"settings", "text", "world_size"}
+MAY_DIFFER = {"data", "device", "compile", "save_every", "sample_bytes"}  # data: if equal
+MAY_DIFFER |= {"eval_mem_len", "eval_c_mem_len", "eval_segment", "eval_reset"}
+CHECKPOINT = {"model", "optimizer", "schedule", "log", "config", "settings", "text", "step", "at"}
+CHECKPOINT |= {"ranks", "world_size"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -646,71 +647,70 @@ def number(kind: type, low: float) -> Callable[[str], float]:
 
 def parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace, dict]:
     """The options, and those of them that were given."""
-    parser = Parser(
-        prog="train.py",
-        description="Train a byte-level Compressive Transformer on text.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    whole, flag = number(int, 1), {"action": "store_true"}
-    texts = "'stdlib' (the sources of Python's standard library), 'tinyshakespeare' (fetched once into"
-    add = parser.add_argument_group("the run").add_argument
-    add("--data", default="stdlib", help=f"{texts} data/), or a file or folder of text")
+    whole, any_whole, flag = number(int, 1), number(int, 0), {"action": "store_true"}
+    how = {"prog": "train.py", "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = Parser(description="Train a byte-level Compressive Transformer on text.", **how)
+    add = parser.add_argument
+    data = "'stdlib' (the sources of Python's standard library), 'tinyshakespeare' (fetched once "
+    add("--data", default="stdlib", help=data + "into data/), or a file or folder of text")
     add("--out", help="the run's folder; by default runs/ and the time")
-    add("--resume", metavar="RUN", help="go on with the run in that folder, with its settings")
-    add("--eval-only", **flag, help="only evaluate the checkpoint of --resume")
-    add("--sample", **flag, help="only generate from the checkpoint of --resume")
+    add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
+    add("--eval-only", **flag, help="only evaluate the run")
+    add("--sample", **flag, help="only generate from the run")
     add("--prompt", default="", help="text for --sample to continue; by default held-out text")
-    add("--sample-bytes", type=number(int, 0), default=500, help="length of a sample")
-    add("--save-every", type=whole, default=500, help="steps from checkpoint to checkpoint")
+    add("--sample-bytes", type=any_whole, default=500, help="length of a sample")
     add("--quiet", **flag, help="print the last line alone")
-    add = parser.add_argument_group("training").add_argument
-    add("--device", default="auto", help="auto (CUDA, then MPS, then CPU) or a torch device")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float64"),
-        help="of the matrix products (float64: of all); auto: bfloat16 where the hardware has it",
-    )
-    add("--compile", **flag, help="compile the model (torch.compile)")
+    add("--save-every", type=whole, default=500, help="steps from checkpoint to checkpoint")
+    add("--device", default="auto", help="auto (an accelerator or the CPU) or a torch device")
+    dtypes = "auto", "float32", "bfloat16", "float64"
+    dtype = "of the matrix products (float64: of all); auto: bfloat16 where the hardware has it"
+    add("--dtype", default="auto", choices=dtypes, help=dtype)
+    add("--compile", **flag, help="let torch.compile make it faster")
     add("--steps", type=whole, default=1200, help="optimiser steps")
     add("--batch-size", type=whole, default=32, help="rows, each a stream of its own")
-    add("--accumulate", type=whole, default=1, help="parts that the rows are computed in, in turn")
+    add("--accumulate", type=whole, default=1, help="parts in which a step takes the rows")
     add("--segment", type=whole, default=64, help="tokens of a row in a segment")
     add("--unroll", type=whole, default=1, help="segments in an optimiser step")
     add("--lr", type=number(float, 0), default=3e-3, help="peak learning rate of AdamW")
-    add("--seed", type=number(int, 0), default=0, help="of the weights, dropout and the sample")
-    add = parser.add_argument_group("evaluation, by default as in training").add_argument
-    add("--eval-mem-len", type=number(int, 0), help="slots of memory")
-    add("--eval-c-mem-len", type=number(int, 0), help="slots of compressed memory")
-    add("--eval-segment", type=whole, help="tokens of a segment")
-    add("--eval-reset", **flag, help="drop the memory where a file begins")
-    add = parser.add_argument_group("the model").add_argument
+    add("--seed", type=any_whole, default=0, help="of the weights, dropout and the sample")
+    add("--eval-mem-len", type=any_whole, help="mem_len in evaluation; by default as trained")
+    add("--eval-c-mem-len", type=any_whole, help="c_mem_len in evaluation; by default as trained")
+    add("--eval-segment", type=whole, help="segment in evaluation; by default as trained")
+    add("--eval-reset", **flag, help="in evaluation, drop the memory where a file begins")
     for field in MODEL_SETTINGS:
         how = {"type": type(field.default)}
         if isinstance(field.default, bool):
             how = {"action": argparse.BooleanOptionalAction}
-        name = "--" + field.name.replace("_", "-")
-        add(name, default=field.default, help=field.metadata["help"], **how)
+        name, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        add(name, default=field.default, help=help, **how)
     args = parser.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # defaults fill in what is missing only
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # what has a value gets no default
     given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
     return parser, args, given
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser, args, given = parse(argv)
-    signals, status, message = Signals(), 0, ""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signals)
-    sys.stdout.reconfigure(errors="replace")  # any byte may turn up in a sample
+    signals = Signals()
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signals)
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show all of UTF-8
     try:
-        print(train(args, given, signals))
+        print(train(args, given, signals), end="", flush=True)
+        return
     except Stop as stop:
         status, message = stop.status, str(stop)
     except OSError as error:
         status, message = 2, f"{error.filename or 'writing'}: {error.strerror or error}"
-    if status:
-        parser.exit(status, f"{parser.prog}: {message}\n")
+    except RuntimeError as error:
+        if not LAUNCHED or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        status, message = 1, f"process {RANK} has lost another one: {str(error).splitlines()[0]}"
+    again = f"; to go on: {signals.again}" if status > 2 and signals.again else ""
+    if status < 2 or LOCAL_RANK == 0:  # what is refused, all processes refuse
+        live = signals.training and sys.stdout.isatty() and not args.quiet
+        print("\n" * live + f"{parser.prog}: {message}{again}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
