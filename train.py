@@ -197,10 +197,10 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save can raise the second about the first
-        reason = getattr(error.__context__ or error, "strerror", None)
-        if reason is None:
+        faults = [x.strerror for x in (error, error.__context__) if isinstance(x, OSError)]
+        if not faults:
             raise
-        raise Stop(f"{path} could not be written: {reason}; nothing was replaced") from None
+        raise Stop(f"{path} could not be written: {faults[0]}; nothing was replaced") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -512,18 +512,20 @@ def train(args: argparse.Namespace, given: dict, signals: Signals) -> str:
     forward = Step(model, autocast)
     if LAUNCHED:  # without find_unused_parameters, buckets and thus rounding change after a step
         forward = nn.parallel.DistributedDataParallel(forward, find_unused_parameters=True)
-    first, at, memories = 0, 0, [None] * args.accumulate  # at: how far all rows have been read
+    first, at, L = 0, 0, config.n_layers  # at: how far all rows have been read
+    memories: list[Memory | None] = [None] * args.accumulate
     if saved:
         try:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-            first, at, mine = saved["step"], saved["at"], saved["ranks"][RANK]
-            log.saved = first
-            for i, kept in enumerate(mine["memories"]):
-                memories[i] = kept and Memory(*(tuple(x.to(device) for x in k) for k in kept))
-            torch.set_rng_state(mine["random"])
-            if device.type == "cuda" and mine["cuda"] is not None:
-                torch.cuda.set_rng_state(mine["cuda"])
+            first = log.saved = saved["step"]
+            at, (random, cuda, *slots) = saved["at"], saved["ranks"][RANK]
+            torch.set_rng_state(random)
+            if device.type == "cuda" and len(cuda):
+                torch.cuda.set_rng_state(cuda)
+            for i in range(args.accumulate if slots else 0):  # each has mem and c_mem of all layers
+                own = [x.to(device) for x in slots[2 * i * L : 2 * (i + 1) * L]]
+                memories[i] = Memory(tuple(own[:L]), tuple(own[L:]))
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise Stop(f"{path} does not fit this run: {str(error).splitlines()[0]}") from None
 
@@ -532,14 +534,14 @@ def train(args: argparse.Namespace, given: dict, signals: Signals) -> str:
         slots = [x for memory in memories if memory for kind in memory for x in kind]
         if agreed(not all(bool(x.isfinite().all()) for x in (*model.parameters(), *slots))):
             log.diverged(f"a parameter or memory after step {step}")
-        mine = {  # clones: memories are views, and with a view goes all that it is a view of
-            "memories": [m and [[x.cpu().clone() for x in kind] for kind in m] for m in memories],
-            "random": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-        }
-        ranks = [mine] * WORLD_SIZE
-        if LAUNCHED:
-            dist.gather_object(mine, None if RANK else ranks)
+        # Clones: memories are views, and with a view all is saved that it is a view of.
+        cuda = torch.cuda.get_rng_state() if device.type == "cuda" else torch.empty(0)
+        mine = [torch.get_rng_state(), cuda, *(x.cpu().clone() for x in slots)]
+        ranks = [mine]
+        if LAUNCHED:  # tensor by tensor: gathering objects needs NumPy
+            ranks = [[torch.empty_like(x) for x in mine] for _ in range(WORLD_SIZE)]
+            for i, x in enumerate(mine):
+                dist.gather(x, None if RANK else [kept[i] for kept in ranks])
         if RANK == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"config": asdict(config), "settings": settings, "text": fingerprint}

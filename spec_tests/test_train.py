@@ -45,17 +45,6 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def stop_at(step: int, number: int):
-    """A stand-in for Log.step that sends this process a signal after a step."""
-
-    def log_step(self, at: int, *rest, original=trainer.Log.step) -> None:
-        original(self, at, *rest)
-        if at == step:
-            os.kill(os.getpid(), number)
-
-    return log_step
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch, capsys):
     """Runs train.py's main in this process, for speed, in `tmp_path`: the exit status and what it
