@@ -4,13 +4,16 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import train as trainer
 
@@ -28,8 +31,10 @@ from .train_kill import result, same
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def torchrun(processes: int, *options: object, cwd: Path) -> subprocess.CompletedProcess:
-    command = [*TORCHRUN, str(processes), str(TRAIN), *map(str, options)]
+def torchrun(
+    processes: int, *options: object, cwd: Path, script: Path = TRAIN
+) -> subprocess.CompletedProcess:
+    command = [*TORCHRUN, str(processes), str(script), *map(str, options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
 
@@ -294,7 +299,20 @@ def test_parameters_that_are_not_finite_are_not_saved(text: Path, here, monkeypa
 # ------------------------------------------------------------------------------------ many devices
 
 # In float32 the order of a sum matters: AdamW makes a step as large of a gradient that is rounding.
-MANY = [*TINY, "--dtype", "float64", "--batch-size", 8, "--steps", 50, "--mem-len", 20, "--quiet", "--unroll", 2]
+MANY = [
+    *TINY,
+    "--dtype",
+    "float64",
+    "--batch-size",
+    8,
+    "--steps",
+    50,
+    "--mem-len",
+    20,
+    "--quiet",
+    "--unroll",
+    2,
+]
 MANY += ["--c-mem-len", 6, "--compression-rate", 4, "--segment", 6]
 
 
@@ -324,3 +342,273 @@ def test_processes_train_as_one(text: Path, here, processes: int):
             assert abs(a[name] - b[name]) < 1e-6
     refused(here("--resume", "many"), f"the run is of {processes} processes, not 1: torchrun")
     assert here("--resume", "many", "--eval-only").stdout == done.stdout.split()[0] + "\n"
+
+
+PATCHED = """import os, sys
+sys.path.insert(0, {folder!r})
+import train
+
+def step(self, at, *rest, original=train.Log.step):
+    if at == {step} and train.RANK == 1:
+        os.kill(os.getpid(), {number})
+    original(self, at, *rest)
+
+train.Log.step = step
+train.main()
+"""
+
+
+def test_one_process_killed_or_stopped_ends_all_and_they_go_on_exactly(text: Path, tmp_path: Path):
+    options = "--steps 12 --dropout 0.1 --save-every 3 --accumulate 2 --batch-size 4".split()
+    options = ["--data", text, *TINY, *options]
+    script = tmp_path / "patched.py"
+
+    def broken(step: int, number: int, *options: object) -> subprocess.CompletedProcess:
+        folder = str(TRAIN.parent)
+        script.write_text(PATCHED.format(folder=folder, step=step, number=int(number)))
+        return torchrun(2, *options, cwd=tmp_path, script=script)
+
+    whole = torchrun(2, *options, "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert "; 2 processes; results in whole" in whole.stdout.splitlines()[0]
+
+    killed = broken(7, signal.SIGKILL, *options, "--out", "run")
+    assert killed.returncode != 0
+    assert "train.py: process 0 has lost another one: " in killed.stderr
+    again = f"to go on: torchrun --nproc-per-node 2 {script} --resume run\n"
+    assert again in killed.stderr
+    assert 'train.py", line' not in killed.stderr, "a traceback"
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 6
+
+    stopped = broken(8, signal.SIGTERM, "--resume", "run")
+    assert f"train.py: stopped after step 8; {again}" in stopped.stderr
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert state["step"] == 8
+    assert not same(state["ranks"][0], state["ranks"][1])
+
+    resumed = torchrun(2, "--resume", "run", "--quiet", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert same(result(tmp_path / "run"), result(tmp_path / "whole"))
+
+
+# ------------------------------------------------------------------- evaluation, samples, pictures
+
+
+def bpc(done: subprocess.CompletedProcess) -> float:
+    assert done.returncode == 0, done.stderr
+    return float(re.search(r"val_bpc=(\d+\.\d+)", done.stdout)[1])
+
+
+def evaluated(monkeypatch, here, *options: object) -> tuple[float, list[list[float]]]:
+    """What evaluate returns, with all its digits."""
+    found = []
+    original = trainer.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate", lambda *args: found.append(original(*args)) or found[0])
+        done = here("--resume", "run", "--eval-only", *options)
+    assert abs(bpc(done) - found[0][0]) < 1e-4
+    return found[0]
+
+
+def test_evaluation_is_the_same_for_any_segment_if_nothing_overflows(text: Path, here, monkeypatch):
+    assert here("--data", text, *TINY, "--steps", 60, "--out", "run").returncode == 0
+    long = ["--eval-mem-len", 400, "--eval-c-mem-len", 3]
+    values = [evaluated(monkeypatch, here, *long, "--eval-segment", n)[0] for n in (1, 7, 64, 999)]
+    assert max(values) - min(values) < 1e-6
+    assert abs(values[0] - evaluated(monkeypatch, here)[0]) > 1e-4  # as trained: memory overflows
+
+
+def test_documents_reset_the_memory_only_when_asked(here, monkeypatch):
+    folder = Path("texts")
+    folder.mkdir()
+    (folder / "a").write_bytes(TEXT)
+    for name, size in (("b", 50), ("c", 1), ("d", 100)):  # held out, with the end of the first
+        (folder / name).write_bytes(TEXT[:size])
+    assert here("--data", folder, *TINY, "--steps", 60, "--out", "run").returncode == 0
+    model = trainer.CompressiveTransformer(
+        trainer.Config(**torch.load("run/checkpoint.pt", weights_only=True)["config"])
+    )
+    model.load_state_dict(parameters(Path("run")))
+    whole = torch.tensor(list(TEXT + TEXT[:50] + TEXT[:1] + TEXT[:100]))[None]
+    held_out, ends = whole.size(1) // 10, [len(TEXT), len(TEXT) + 50, len(TEXT) + 51]
+    start = whole.size(1) - held_out
+    for reset in (False, True):
+        nats, memory, at = 0.0, None, start
+        while at < whole.size(1):
+            if reset and at in ends:
+                memory = None
+            end = min([at + 8, whole.size(1), *(end for end in ends if reset and end > at)])
+            with torch.no_grad():
+                logits, memory, _ = model(whole[:, at - 1 : end - 1], memory)
+            loss = torch.nn.functional.cross_entropy(logits[0], whole[0, at:end], reduction="sum")
+            nats, at = nats + loss.item(), end
+        found = evaluated(monkeypatch, here, *["--eval-reset"] * reset)[0]
+        assert abs(found - nats / math.log(2) / held_out) < 1e-5
+
+
+def test_attention_by_age_is_the_mean_weight_of_a_slot(text: Path, here, monkeypatch):
+    assert here("--data", text, *TINY, "--steps", 4, "--out", "run").returncode == 0
+    lengths = ["--eval-mem-len", 12, "--eval-c-mem-len", 6, "--eval-segment", 12]
+    _, ages = evaluated(monkeypatch, here, *lengths)
+    assert [len(part) for part in ages] == [6, 6, 6]
+    one = 1 * sum(ages[0]) + 2 * sum(ages[1]) + 2 * sum(ages[2])  # of 1 and 2 slots each
+    assert abs(one - 1) < 0.02  # the last segment is shorter
+    assert ages[2] == sorted(ages[2], reverse=True)  # the newest are seen by few queries
+    none = ["--eval-mem-len", 3, "--eval-c-mem-len", 0]
+    _, ages = evaluated(monkeypatch, here, *none)
+    assert all(math.isnan(x) for x in ages[0])
+
+
+def test_a_sample_streams_as_text(text: Path, tmp_path: Path, here, monkeypatch, capsys):
+    assert here("--data", text, *TINY, "--steps", 4, "--out", "run").returncode == 0
+    made = "né € \x1b[31m\U0001f600".encode() + b"\xff" + "é".encode()[:1]
+    shown: list[str] = []
+
+    def generate(self, prompt, count, stream, **options):
+        assert bytes(prompt[0].tolist()) == "Prompt é: ".encode()
+        assert count == 77
+        for byte in made:
+            stream(torch.tensor([[byte]]))
+            shown.append(capsys.readouterr().out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.CompressiveTransformer, "generate", generate)
+        options = ["--sample", "--prompt", "Prompt é: ", "--sample-bytes", 77, "--quiet"]
+        done = here("--resume", "run", *options)
+    assert done.returncode == 0, done.stderr
+    assert "".join(shown) == "Prompt é: né € \ufffd[31m\U0001f600\ufffd"
+    assert shown[1:3] == ["", "é"]  # each as soon as it is whole
+    assert done.stdout == "\ufffd\n"  # what was never completed
+    first, again, other = (
+        run("--resume", "run", "--sample", "--seed", seed, cwd=tmp_path).stdout
+        for seed in (0, 0, 1)
+    )
+    assert first == again != other and first.startswith("In the" if first[0] == "I" else first[0])
+
+
+def test_quiet_prints_the_last_line_alone(text: Path, here):
+    done = here("--data", text, *TINY, "--steps", 4, "--out", "run", "--quiet")
+    assert re.fullmatch(r"val_bpc=\S+ tokens_per_second=\d+ seconds=\S+\n", done.stdout)
+    assert done.stderr == ""
+    assert Path("run/sample.txt").read_text().startswith("--- prompt")
+
+
+def test_a_picture_is_drawn_if_matplotlib_is_there(text: Path, here, monkeypatch):
+    """With a stand-in that keeps what is drawn; the real one, if installed, draws in other tests."""
+    drawn: list[tuple] = []
+
+    class Axes:
+        def __getattr__(self, name):
+            return lambda *args, **options: drawn.append((name, args, options))
+
+    class Figure(Axes):
+        def __init__(self, **options) -> None:
+            pass
+
+        def subplots(self, rows, columns):
+            return [Axes() for _ in range(columns)]
+
+        def savefig(self, file, **options):
+            file.write(b"PNG")
+
+    figure = types.ModuleType("matplotlib.figure")
+    figure.Figure = Figure
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", figure)
+    done = here("--data", text, *TINY, "--steps", 90, "--out", "run")
+    assert "picture in run/run.png\n" in done.stdout
+    assert Path("run/run.png").read_bytes() == b"PNG"
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    plots = [args for name, args, _ in drawn if name == "plot"]
+    assert list(plots[0][0]) == [record["step"] for record in records]
+    assert list(plots[0][1]) == [record["bpc"] for record in records]
+    for i, (_, losses) in enumerate(plots[1:]):
+        assert list(losses) == [record["compression_loss_of_layers"][i] for record in records]
+    assert len(plots) == 3
+    assert records[-1]["compression_loss_of_layers"][0] > 0
+    mean = sum(records[-1]["compression_loss_of_layers"]) / 2
+    assert abs(mean - records[-1]["compression_loss"]) < 1e-9
+    bars = [args[1] for name, args, _ in drawn if name == "bar"]
+    assert [len(bar) for bar in bars] == [6, 6, 6] and min(map(min, bars)) > 0
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # not installed
+    done = here("--resume", "run")
+    assert done.stdout.splitlines()[-2] == "no run.png: matplotlib is not installed"
+
+
+# --------------------------------------------------------------------------------- data and speed
+
+
+def test_a_file_larger_than_memory_is_not_loaded(tmp_path: Path):
+    path = tmp_path / "large"
+    with open(path, "wb") as file:
+        try:
+            file.truncate(2**40)
+        except OSError:
+            file.truncate(10 * 2**30)
+        file.seek(12345)
+        file.write(b"here")
+    text = trainer.Text([path])
+    assert text.read(12340, 12352) == bytes(5) + b"here" + bytes(3)
+    assert text.read(text.length - 3, text.length + 9) == bytes(3)
+    read = 0
+
+    def count(start: int, end: int, original=text.read) -> bytes:
+        nonlocal read
+        read += end - start
+        return original(start, end)
+
+    text.read = count
+    assert text.fingerprint() == text.fingerprint()
+    assert 0 < read < 2**20  # whatever the size of the file
+
+
+def test_more_files_than_a_process_may_open_are_one_text(tmp_path: Path):
+    code = "import resource, sys, train; from pathlib import Path; "
+    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)); "
+    code += "text = train.find_text(sys.argv[1]); print(text.read(0, 9999).decode())"
+    for i in range(300):
+        (tmp_path / f"{i:03}").write_text(str(i % 10))
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=TRAIN.parent, capture_output=True, text=True)
+    assert done.stdout == "0123456789" * 30 + "\n", done.stderr
+
+
+def test_compilation_ends_once_memory_is_full(text: Path, here, monkeypatch):
+    """Memory grows for 20 segments, compressed memory for as many more: no length is compiled for
+    itself."""
+    counter = CompileCounter()
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend=counter))
+    torch._dynamo.reset()
+    counts = {}
+
+    def log_step(self, at: int, *rest, original=trainer.Log.step) -> None:
+        counts[at] = counter.frame_count
+        original(self, at, *rest)
+
+    monkeypatch.setattr(trainer.Log, "step", log_step)
+    lengths = "--segment 4 --mem-len 80 --c-mem-len 40 --steps 200 --unroll 2".split()
+    options = ["--data", text, *TINY, *lengths]
+    assert here(*options, "--compile", "--out", "compiled").returncode == 0
+    assert 0 < counts[100] == counts[200] <= 10
+    assert here(*options, "--out", "eager").returncode == 0
+    assert farthest(Path("compiled"), Path("eager")) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, whose waits it watches")
+def test_a_step_on_cuda_waits_for_nothing(text: Path, here, monkeypatch):
+    def backward(self, *args: object, original=trainer.Step.forward):
+        torch.cuda.set_sync_debug_mode("error")
+        return original(self, *args)
+
+    def look(self, step: int, original=trainer.Log.look) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        original(self, step)
+
+    monkeypatch.setattr(trainer.Step, "forward", backward)
+    monkeypatch.setattr(trainer.Log, "look", look)
+    options = ["--steps", 400, "--save-every", 1000, "--device", "cuda", "--dtype", "bfloat16"]
+    done = here("--data", text, *TINY, *options, "--out", "run")
+    torch.cuda.set_sync_debug_mode("default")
+    assert done.returncode == 0, done.stderr
