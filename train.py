@@ -338,7 +338,7 @@ def draw(folder: Path, ages: Sequence[Sequence[float]], title: str) -> str:
 def evaluate(model: nn.Module, text: Text, start: int, args: argparse.Namespace) -> tuple:
     """Bits per character of the text from `start` on, one stream of which every byte is scored once
     while memory streams over it; and the mean attention weight of a slot by age: six buckets each
-    of compressed memory, memory and segment, over the second half of the text."""
+    of compressed memory, memory and segment, over the second half of the segments."""
     weight, segment = model.logits.weight, args.eval_segment or args.segment
     weights, nats, ages = [], [], []
     for layer in model.layers:
@@ -354,11 +354,10 @@ def evaluate(model: nn.Module, text: Text, start: int, args: argparse.Namespace)
             weights.clear()
             logits, memory, _ = model(tokens, memory)
             nats.append(F.cross_entropy(logits.to(weight.dtype).mT, targets, reduction="sum"))
-            if 2 * at >= start + text.length or not ages:
-                parts = torch.stack(weights).float().mean(dim=0).split(lengths)
-                ages.append(torch.stack([x.mean() for part in parts for x in part.tensor_split(6)]))
+            parts = torch.stack(weights).float().mean(dim=0).split(lengths)
+            ages.append(torch.stack([x.mean() for part in parts for x in part.tensor_split(6)]))
     bpc = torch.stack(nats).cpu().double().sum().item() * BITS / (text.length - start)
-    return bpc, torch.stack(ages).nanmean(dim=0).view(3, 6).tolist()
+    return bpc, torch.stack(ages[len(ages) // 2 :]).nanmean(dim=0).view(3, 6).tolist()
 
 
 def harmless(text: str) -> str:
@@ -600,8 +599,7 @@ def train(args: argparse.Namespace, given: dict, signals: Signals) -> str:
         if number:
             raise Stop(f"stopped after step {step}", 128 + number)
     signals.training = False
-    if LAUNCHED:
-        dist.destroy_process_group()
+    agreed(0)  # all have what they need of each other: the others may end
     if RANK:
         return ""
 
@@ -697,9 +695,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signals)
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show all of UTF-8
+    status, message = 0, ""
     try:
         print(train(args, given, signals), end="", flush=True)
-        return
     except Stop as stop:
         status, message = stop.status, str(stop)
     except OSError as error:
@@ -708,10 +706,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not LAUNCHED or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         status, message = 1, f"process {RANK} has lost another one: {str(error).splitlines()[0]}"
-    again = f"; to go on: {signals.again}" if status > 2 and signals.again else ""
-    if status < 2 or LOCAL_RANK == 0:  # what is refused, all processes refuse
+        message += f"; to go on: {signals.again}"
+    if status and (status == 1 or LOCAL_RANK == 0):  # what is refused, all processes refuse
+        again = f"; to go on: {signals.again}" if status > 2 and signals.again else ""
         live = signals.training and sys.stdout.isatty() and not args.quiet
         print("\n" * live + f"{parser.prog}: {message}{again}", file=sys.stderr, flush=True)
+    if LAUNCHED:  # gloo's threads hold Python's objects: an ordinary end can abort the process
+        os._exit(status)
     sys.exit(status)
 
 

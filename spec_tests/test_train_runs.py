@@ -452,7 +452,7 @@ def test_attention_by_age_is_the_mean_weight_of_a_slot(text: Path, here, monkeyp
     _, ages = evaluated(monkeypatch, here, *lengths)
     assert [len(part) for part in ages] == [6, 6, 6]
     one = 1 * sum(ages[0]) + 2 * sum(ages[1]) + 2 * sum(ages[2])  # of 1 and 2 slots each
-    assert abs(one - 1) < 0.02  # the last segment is shorter
+    assert abs(one - 1) < 1e-5
     assert ages[2] == sorted(ages[2], reverse=True)  # the newest are seen by few queries
     none = ["--eval-mem-len", 3, "--eval-c-mem-len", 0]
     _, ages = evaluated(monkeypatch, here, *none)
@@ -588,10 +588,10 @@ def test_compilation_ends_once_memory_is_full(text: Path, here, monkeypatch):
         original(self, at, *rest)
 
     monkeypatch.setattr(trainer.Log, "step", log_step)
-    lengths = "--segment 4 --mem-len 80 --c-mem-len 40 --steps 200 --unroll 2".split()
+    lengths = "--n-layers 1 --segment 4 --mem-len 80 --c-mem-len 40 --unroll 2 --steps 200".split()
     options = ["--data", text, *TINY, *lengths]
     assert here(*options, "--compile", "--out", "compiled").returncode == 0
-    assert 0 < counts[100] == counts[200] <= 10
+    assert 0 < counts[140] == counts[200] <= 12  # from 122 on the text is read once more
     assert here(*options, "--out", "eager").returncode == 0
     assert farthest(Path("compiled"), Path("eager")) < 1e-5
 
