@@ -695,7 +695,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signals)
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show all of UTF-8
-    status, message = 0, ""
+    status, message, lost = 0, "", ""
     try:
         print(train(args, given, signals), end="", flush=True)
     except Stop as stop:
@@ -705,12 +705,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         if not LAUNCHED or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        status, message = 1, f"process {RANK} has lost another one: {str(error).splitlines()[0]}"
-        message += f"; to go on: {signals.again}"
-    if status and (status == 1 or LOCAL_RANK == 0):  # what is refused, all processes refuse
-        again = f"; to go on: {signals.again}" if status > 2 and signals.again else ""
+        status, lost = 1, f"process {RANK} has lost another one: {str(error).splitlines()[0]}"
+    if lost or status and LOCAL_RANK == 0:  # what is refused, all processes refuse
+        again = f"; to go on: {signals.again}" if (lost or status > 2) and signals.again else ""
         live = signals.training and sys.stdout.isatty() and not args.quiet
-        print("\n" * live + f"{parser.prog}: {message}{again}", file=sys.stderr, flush=True)
+        print("\n" * live + f"{parser.prog}: {message or lost}{again}", file=sys.stderr, flush=True)
     if LAUNCHED:  # gloo's threads hold Python's objects: an ordinary end can abort the process
         os._exit(status)
     sys.exit(status)
