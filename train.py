@@ -141,7 +141,7 @@ def to_tokens(rows: Sequence[bytes], device: torch.device) -> Tensor:
 def find_device(name: str) -> torch.device:
     """The device that `--device` names; 'auto' takes CUDA or another accelerator, or the CPU."""
     if name == "auto":
-        name = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+        name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     try:
         device = torch.device(name, LOCAL_RANK) if LAUNCHED and name == "cuda" else name
         device = torch.zeros(1, device=device).device
@@ -609,7 +609,7 @@ def train(args: argparse.Namespace, given: dict, signals: Signals) -> str:
         show("\n" + written[0])
         sample(at_rest(model.state_dict()), prompt, args, lambda x: (written.append(x), show(x)))
     write_whole(out / "sample.txt", lambda file: file.write("".join(written).encode()))
-    show(f"\n---\n{draw(out, ages, f'{args.data}: {val_bpc:.3f} bits per character held out')}\n")
+    show(f"\n---\n{draw(out, ages, f'{args.data}: {val_bpc:.3f} bits per held-out character')}\n")
     speed, seconds = log.tokens / max(log.recorded[1], 1e-9), time.perf_counter() - start
     return f"val_bpc={val_bpc:.4f} tokens_per_second={speed:.0f} seconds={seconds:.1f}\n"
 

@@ -495,7 +495,7 @@ def test_quiet_prints_the_last_line_alone(text: Path, here):
 
 
 def test_a_picture_is_drawn_if_matplotlib_is_there(text: Path, here, monkeypatch):
-    """With a stand-in that keeps what is drawn; the real one, if installed, draws in other tests."""
+    """With a stand-in that keeps what is drawn; if installed, the real one draws in other tests."""
     drawn: list[tuple] = []
 
     class Axes:
