@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_line_and_the_good_checkpoint_stands(
 
 
 def test_a_limit_of_the_system_on_files_is_one_line_too(text: Path, tmp_path: Path):
-    limit = f"ulimit -f 20; exec {sys.executable} {TRAIN} --data {text} --out run --steps 4 --quiet"
+    limit = f"ulimit -f 1000; exec {sys.executable} {TRAIN} --data {text} --out run --steps 4 --quiet"
     done = subprocess.run(["sh", "-c", limit], cwd=tmp_path, capture_output=True, text=True)
     refused(done, "run/checkpoint.pt could not be written: File too large")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
