@@ -285,13 +285,22 @@ def test_an_epoch_reads_every_byte_of_the_text_once(here, monkeypatch, length, r
         reads.append(parts)
         return original(parts, device)
 
+    begins: list[bool] = []
+
+    def forward(self, segments, memory, original=trainer.Step.forward):
+        begins.extend(anew for _, anew in segments)
+        return original(self, segments, memory)
+
     monkeypatch.setattr(trainer, "to_tokens", to_tokens)
+    monkeypatch.setattr(trainer.Step, "forward", forward)
     split = length - length // 10
     share = (split - 1) // rows
     segments = -(-share // 8)
     steps = ["--steps", 2 * segments, "--unroll", unroll, "--batch-size", rows]
     assert here("--data", "text", *TINY, *steps, "--quiet").returncode == 0
-    reads = [parts for parts in reads if len(parts) == rows][: 2 * segments]
+    reads = [parts for parts in reads if len(parts) == rows]
+    assert begins == [i % segments == 0 for i in range(2 * segments * unroll)]
+    reads = reads[: 2 * segments]
     pairs = [pair for parts in reads for part in parts for pair in pairwise(part)]
     assert sorted(pairs) == sorted([(i, i + 1) for i in range(rows * share)] * 2)
     for row in range(rows):  # each row goes on where it was, and begins anew with its stretch

@@ -77,7 +77,7 @@ def test_killed_runs_end_as_one_left_alone():
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     text: Path, tmp_path: Path, here, monkeypatch, number
 ):
-    options = "--steps 60 --dropout 0.2 --unroll 2 --accumulate 2".split()
+    options = "--steps 130 --dropout 0.2 --unroll 2 --accumulate 2".split()  # recorded every third
     assert here("--data", text, *TINY, *options, "--out", "whole").returncode == 0
     monkeypatch.setattr(sys, "argv", [str(TRAIN)])
     with monkeypatch.context() as patch:
@@ -244,7 +244,9 @@ def test_a_full_disk_is_one_line_and_the_good_checkpoint_stands(
 
 
 def test_a_limit_of_the_system_on_files_is_one_line_too(text: Path, tmp_path: Path):
-    limit = f"ulimit -f 1000; exec {sys.executable} {TRAIN} --data {text} --out run --steps 4 --quiet"
+    limit = (
+        f"ulimit -f 1000; exec {sys.executable} {TRAIN} --data {text} --out run --steps 4 --quiet"
+    )
     done = subprocess.run(["sh", "-c", limit], cwd=tmp_path, capture_output=True, text=True)
     refused(done, "run/checkpoint.pt could not be written: File too large")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
