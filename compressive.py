@@ -521,14 +521,16 @@ class CompressiveTransformer(nn.Module):
         top_k: int | None = None,
         memory: Memory | None = None,
         generator: torch.Generator | None = None,
+        stream: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Continue `prompt [B, T]`, T >= 1, by sampling: `-> [B, T + max_new_tokens]`.
 
         Every token is fed once: the prompt whole (in segments, where it is longer than mem_len and
         512), then each new token, the memory carried on as in training. A model without memory is
         fed the whole text again for each token. Temperature 0 takes the likeliest token; top_k
-        samples among the k likeliest. `memory` is what stood before the prompt. Dropout is as the
-        module's mode says: call `eval()` first. Raises as `forward` does.
+        samples among the k likeliest. `memory` is what stood before the prompt. `stream` is called
+        with each new token `[B, 1]` as it comes. Dropout is as the module's mode says: call
+        `eval()` first. Raises as `forward` does.
         """
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
@@ -552,7 +554,10 @@ class CompressiveTransformer(nn.Module):
                     least = logits.topk(top_k).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -math.inf)
                 new = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-            tokens = torch.cat([tokens, new.to(tokens.dtype)], dim=1)
+            new = new.to(tokens.dtype)
+            tokens = torch.cat([tokens, new], dim=1)
+            if stream is not None:
+                stream(new)
             segments = (new if remembers else tokens,)
         return tokens
 

@@ -111,6 +111,22 @@ def test_generate_repeats_itself_with_the_same_generator():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_generate_hands_each_token_out_as_it_comes(dtype):
+    model, prompt, seen = make(), tokens(SMALL, 2, 3).to(dtype), []
+    calls = 0
+
+    def count(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.register_forward_hook(count)
+    found = model.generate(prompt, 5, stream=lambda new: seen.append((calls, new.clone())))
+    assert [call for call, _ in seen] == [1, 2, 3, 4, 5]  # before the next one is computed
+    assert all(new.shape == (2, 1) and new.dtype == dtype for _, new in seen)
+    assert torch.equal(torch.cat([prompt, *(new for _, new in seen)], dim=1), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_tokens_keep_their_dtype(dtype):
     model, prompt = make(), tokens(SMALL, 2, 3).to(dtype)
     assert model.generate(prompt, 2).dtype == dtype

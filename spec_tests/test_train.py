@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,8 +23,11 @@ api = Reference().module
 
 TRAIN = Path(api.__file__).with_name("train.py")
 TINY = "--d-model 16 --n-heads 2 --n-layers 2 --d-ff 16 --mem-len 8 --c-mem-len 4".split()
-TINY += "--compression-rate 2 --segment 8 --batch-size 2 --sample 20".split()
+TINY += "--compression-rate 2 --segment 8 --batch-size 2 --sample-bytes 20".split()
 TINY += "--device cpu --dtype float32".split()
+FILES = [".lock", "checkpoint.pt", "metrics.jsonl", "run.png", "sample.txt", "settings.json"]
+if find_spec("matplotlib") is None:
+    FILES.remove("run.png")
 TEXT = b"In the beginning was the word, and the word was long. " * 40
 
 
@@ -44,6 +51,7 @@ def here(tmp_path: Path, monkeypatch, capsys):
     printed. torch's default dtype is that of a new process."""
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
 
     def run_here(*options: object) -> subprocess.CompletedProcess:
         status = 0
@@ -54,6 +62,8 @@ def here(tmp_path: Path, monkeypatch, capsys):
         return subprocess.CompletedProcess(options, status, *capsys.readouterr())
 
     yield run_here
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)
     torch.set_default_dtype(torch.float64)
 
 
@@ -70,7 +80,7 @@ def test_a_run_shows_progress_and_leaves_metrics_and_a_checkpoint(text: Path, tm
     assert result.stderr == ""
     lines = result.stdout.splitlines()
     shown = [line for line in lines if line.startswith("step ")]
-    assert len(shown) == 20
+    assert len(shown) == 43  # every 300 // 40 steps, and the last
     pattern = (
         r"step +\d+/300  bpc \d\.\d{3}  compression loss \d\.\d{4}  [\d,]+ tokens/s  \d+ s left"
     )
@@ -80,7 +90,7 @@ def test_a_run_shows_progress_and_leaves_metrics_and_a_checkpoint(text: Path, tm
     assert "--- continuation" in lines
 
     records = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(15, 301, 15))
+    assert [record["step"] for record in records] == [*range(7, 301, 7), 300]
     assert records[-1]["bpc"] < records[0]["bpc"] < 9
     assert records[-1]["lr"] < 1e-4 < max(record["lr"] for record in records) <= 3e-3
     assert all(record["compression_loss"] > 0 for record in records)
@@ -88,14 +98,21 @@ def test_a_run_shows_progress_and_leaves_metrics_and_a_checkpoint(text: Path, tm
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     model = api.CompressiveTransformer(api.Config(**state["config"]))
     model.load_state_dict(state["model"])
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "checkpoint.pt",
-        "metrics.jsonl",
-    ]
-    held_out = torch.tensor(list(TEXT[-len(TEXT) // 10 :]))[None]
-    logits = model.float()(held_out[:, :-1]).logits
-    nats = torch.nn.functional.cross_entropy(logits[0], held_out[0, 1:])
-    assert abs(nats.item() / torch.tensor(2.0).log().item() - float(summary[1])) < 0.7
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
+    assert json.loads((tmp_path / "run/settings.json").read_text())["steps"] == 300
+    written = (tmp_path / "run/sample.txt").read_text()
+    assert written in result.stdout and written.startswith("--- prompt")
+    held_out = torch.tensor(list(TEXT[-len(TEXT) // 10 - 1 :]))[None]
+    nats, memory = 0.0, None
+    with torch.no_grad():
+        for at in range(0, held_out.size(1) - 1, 8):
+            part = held_out[:, at : at + 9]
+            logits, memory, _ = model.float()(part[:, :-1], memory)
+            nats += torch.nn.functional.cross_entropy(logits[0], part[0, 1:], reduction="sum")
+    bpc = nats.item() / math.log(2) / (len(TEXT) // 10)
+    assert abs(bpc - float(summary[1])) < 1e-4
+    alone = run("--resume", "run", "--eval-only", cwd=tmp_path)
+    assert alone.stdout == f"val_bpc={summary[1]}\n"
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(text: Path, here):
@@ -137,7 +154,10 @@ def test_a_folder_of_any_bytes_is_read_in_order(tmp_path: Path, here):
     assert result.returncode == 0, result.stderr
     assert "1,068 bytes of texts" in result.stdout
     assert "\x1b" not in result.stdout
-    assert trainer.read_text("texts") == bytes(range(256)) * 3 + b"\x1b[31m\x00" * 50
+    text, expected = trainer.find_text("texts"), bytes(range(256)) * 3 + b"\x1b[31m\x00" * 50
+    assert text.length == len(expected)
+    for start, end in ((0, 1068), (700, 800), (768, 769), (767, 768), (1000, 2000), (5, 5)):
+        assert text.read(start, end) == expected[start:end]
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
@@ -176,11 +196,16 @@ def test_a_terminal_shows_one_live_line(text: Path, tmp_path: Path):
     ("options", "message"),
     [
         ("--data nowhere.txt", "--data nowhere.txt: no such file or folder"),
-        ("--data empty", "--data empty: .* has no text"),
+        ("--data empty", "--data empty has no text"),
+        ("--accumulate 3", r"--batch-size must be divisible by 1 processes x 3 parts .*, got 2"),
+        ("--eval-mem-len 0", "mem_len must be at least compression_rate - 1 = 1, got 0"),
+        ("--eval-only", "--eval-only and --sample need the folder of a run: add --resume RUN"),
+        ("--sample", "--eval-only and --sample need the folder of a run: add --resume RUN"),
+        ("--resume nowhere", "nowhere/checkpoint.pt: No such file"),
         ("--data short --batch-size 8", "--data short has 100 bytes, 8 rows need 160: name a lo"),
-        ("--data folder", "--data folder: .* has no text"),
+        ("--data folder", "--data folder has no text"),
         ("--out taken", "--out taken is not empty: name a new folder"),
-        ("--out short", "short: File exists"),
+        ("--out short", "short: Not a directory"),
         ("--out short/run", "short/run: Not a directory"),
         ("--steps 0", "--steps: must be a number of at least 1, got 0"),
         ("--steps many", "--steps: invalid int value: 'many'"),
@@ -229,17 +254,6 @@ def test_tiny_shakespeare_is_refused_without_network_and_when_it_is_another_text
     refused(here(*command), r"its sha256 differs\): delete it")
 
 
-def test_an_interrupt_says_so_and_keeps_the_metrics(text: Path, here, monkeypatch):
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "evaluate", interrupt)
-    result = here("--data", text, *TINY, "--steps", 4, "--out", "run")
-    assert result.returncode == 130
-    assert "interrupted" in result.stderr
-    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 4
-
-
 def test_tiny_shakespeare_is_fetched_once_checked_and_kept(tmp_path: Path, monkeypatch):
     """The network is a function of ours, and so is the checksum of its text."""
     monkeypatch.chdir(tmp_path)
@@ -252,25 +266,46 @@ def test_tiny_shakespeare_is_fetched_once_checked_and_kept(tmp_path: Path, monke
     source = tmp_path / "source"
     source.write_bytes(TEXT)
     monkeypatch.setattr(trainer.urllib.request, "urlopen", urlopen)
-    with pytest.raises(trainer.Refused, match="is not Tiny Shakespeare"):
-        trainer.read_text("tinyshakespeare")
+    with pytest.raises(trainer.Stop, match="is not Tiny Shakespeare"):
+        trainer.find_text("tinyshakespeare")
     assert not (tmp_path / "data").exists()
     monkeypatch.setattr(trainer, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT).hexdigest())
-    assert trainer.read_text("tinyshakespeare") == trainer.read_text("tinyshakespeare") == TEXT
-    assert fetched == [trainer.SHAKESPEARE] * 2
+    for _ in range(2):
+        assert trainer.find_text("tinyshakespeare").read(0, len(TEXT)) == TEXT
+    assert fetched == [trainer.URL] * 2
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["tinyshakespeare.txt"]
 
 
-def test_streams_cover_the_text_once():
-    for length, rows in ((21, 2), (22, 3), (100, 7), (8, 7)):
-        text = bytes(range(length))
-        streams = trainer.streams(text, rows)
-        pairs = []
-        for tokens, targets in trainer.segments(streams, 4, torch.device("cpu")):
-            assert tokens.shape == targets.shape and 1 <= tokens.size(1) <= 4
-            pairs += zip(tokens.flatten().tolist(), targets.flatten().tolist(), strict=True)
-        expected = (length - 1) // rows * rows
-        assert sorted(pairs) == [(i, i + 1) for i in range(expected)]
+@pytest.mark.parametrize(("length", "rows", "unroll"), [(100, 4, 1), (111, 3, 2), (60, 3, 3)])
+def test_an_epoch_reads_every_byte_of_the_text_once(here, monkeypatch, length, rows, unroll):
+    Path("text").write_bytes(bytes(range(length)))
+    reads: list[list[bytes]] = []
+
+    def to_tokens(parts, device, original=trainer.to_tokens):
+        reads.append(parts)
+        return original(parts, device)
+
+    begins: list[bool] = []
+
+    def forward(self, segments, memory, original=trainer.Step.forward):
+        begins.extend(anew for _, anew in segments)
+        return original(self, segments, memory)
+
+    monkeypatch.setattr(trainer, "to_tokens", to_tokens)
+    monkeypatch.setattr(trainer.Step, "forward", forward)
+    split = length - length // 10
+    share = (split - 1) // rows
+    segments = -(-share // 8)
+    steps = ["--steps", 2 * segments, "--unroll", unroll, "--batch-size", rows]
+    assert here("--data", "text", *TINY, *steps, "--quiet").returncode == 0
+    reads = [parts for parts in reads if len(parts) == rows]
+    assert begins == [i % segments == 0 for i in range(2 * segments * unroll)]
+    reads = reads[: 2 * segments]
+    pairs = [pair for parts in reads for part in parts for pair in pairwise(part)]
+    assert sorted(pairs) == sorted([(i, i + 1) for i in range(rows * share)] * 2)
+    for row in range(rows):  # each row goes on where it was, and begins anew with its stretch
+        targets = [byte for parts in reads for byte in parts[row][1:]]
+        assert targets == 2 * list(range(row * share + 1, row * share + share + 1))
 
 
 def test_help_tells_every_option(tmp_path: Path):

@@ -1,0 +1,113 @@
+"""Kills training runs at random moments and checks that each, resumed, ends as if nothing had been:
+
+    python -m spec_tests.train_kill --times 50
+
+Every process is forked from this one, which has torch loaded, and ended by SIGKILL. It trains a
+tiny model and writes a checkpoint after every step, so that many kills meet it while it writes.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import train
+
+torch = train.torch  # imported there, without its warning about NumPy
+importlib.import_module("torch._dynamo")  # optimisers load it at their first step
+
+OPTIONS = "--steps 24 --save-every 1 --batch-size 4 --segment 8 --unroll 2 --dropout 0.1 --quiet "
+OPTIONS += "--d-model 64 --n-heads 2 --n-layers 2 --d-ff 512 --mem-len 16 --c-mem-len 8 "
+OPTIONS += "--compression-rate 2 --sample-bytes 4 --device cpu --dtype float32"
+TIMING = "seconds", "tokens_per_second"
+
+
+def start(folder: Path, *options: object) -> int:
+    """A process that trains in the folder; what it prints goes to a file there."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.chdir(folder)
+            output = os.open("output.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            train.main([str(option) for option in options])
+            status = 0
+        except SystemExit as exit:
+            status = exit.code
+        finally:
+            os._exit(status)
+    return pid
+
+
+def finish(pid: int, folder: Path) -> None:
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status:
+        sys.exit(f"a run ended with status {status}: {(folder / 'output.txt').read_text()}")
+
+
+def result(run: Path) -> tuple[dict, list[dict]]:
+    """The checkpoint and the metrics of a run, without the times."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    del state["log"]["seconds"]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return state, [{k: v for k, v in x.items() if k not in TIMING} for x in records]
+
+
+def same(a: object, b: object) -> bool:
+    """Equal to the bit, tensors and what holds them."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=50, help="kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    draw = random.Random(args.seed)
+    steps, writing = set(), 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "text").write_bytes(bytes(draw.choices(b"abcdefgh \n", k=5000)))
+        new = ["--data", "text", *OPTIONS.split(), "--out"]
+        began = time.monotonic()
+        finish(start(folder, *new, "whole"), folder)
+        length = time.monotonic() - began
+        expected = result(folder / "whole")
+        for i in range(args.times):
+            run = folder / f"run{i}"
+            pid = start(folder, *new, run.name)
+            time.sleep(draw.uniform(0, length))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            begun = (run / "checkpoint.pt").exists()
+            if begun:  # the checkpoint is whole, whenever the process was killed
+                steps.add(torch.load(run / "checkpoint.pt", weights_only=True)["step"])
+            writing += any(run.glob(".*.part"))
+            finish(start(folder, *(["--resume", run.name] if begun else [*new, run.name])), folder)
+            if not same(result(run), expected):
+                sys.exit(f"kill {i} (--seed {args.seed}): the resumed run ended otherwise")
+            if any(run.glob(".*.part")):
+                sys.exit(f"kill {i} (--seed {args.seed}): half a file was left behind")
+    print(
+        f"{args.times} kills, {writing} of them while a file was written, after {len(steps)} "
+        "different steps: every run ended bitwise as one that was left alone"
+    )
+
+
+if __name__ == "__main__":
+    main()
