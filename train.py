@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 train.py ...    on eight devices
 
 Every row of the batch reads a stretch of the text of its own, segment after segment, with a memory
-of its own. The last tenth of the text, 128 KiB at the most, is held out.
+of its own. The last tenth of the text, 64 KiB at the most, is held out.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from compressive import CompressiveTransformer, Config, Memory  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-HELD_OUT = 2**17  # bytes held out of a text at the most
+HELD_OUT = 2**16  # bytes held out of a text at the most
 BITS = 1 / math.log(2)  # a nat in bits; the text is bytes, so that bits per byte are per character
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, as process RANK of WORLD_SIZE
 ENV = os.environ if LAUNCHED else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}

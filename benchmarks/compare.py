@@ -13,8 +13,8 @@ A training step is forward, compression, both losses, backward, clipping and Ada
 memories that are full and overflow. All get the same optimiser and the same width of feed-forward;
 in bfloat16, matrix products under autocast. Generation is of one row, a token at a time, greedy, in
 the way that each implementation brings along (lucidrains' feeds the segment so far again with every
-token: timed are segments filled to 1/8, 3/8, 5/8 and 7/8). The limit is the rate at which the step's
-floating-point operations would be done as products of the feed-forward's shape.
+token: timed are segments filled to 1/8, 3/8, 5/8 and 7/8). The limit is the rate at which the
+step's floating-point operations would be done as products of the feed-forward's shape.
 """
 
 import argparse
