@@ -159,34 +159,58 @@ class RelativeMultiHeadAttention(nn.Module):
         each head then takes all rows to what they share, W_R R."""
         return x.unflatten(-1, (parts, self.n_heads, -1)).permute(2, 3, 0, 1, 4).flatten(1, 2)
 
-    def forward(self, x: Tensor, memory: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend from `x [B, T, D]` to `memory [B, C + M, D]` and to x itself up to one's own
-        position; `positions [S, D]` is the `sinusoid` of the distances S - 1, ..., 0.
+    def forward(
+        self, x: Tensor, c_mem: Tensor, mem: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attend from `x [B, T, D]` to `c_mem [B, C, D]`, `mem [B, M, D]` and to x itself up to
+        one's own position; `positions [S + 1, D]` is the `sinusoid` of the distances S - 1, ..., 0
+        and of -1, which `relative_shift` wastes.
 
         Returns the output `[B, T, D]` and the attention weights `[B, H, T, S]`.
-        """
-        (B, T, D), H, S = x.shape, self.n_heads, memory.size(1) + x.size(1)
-        if positions.shape != (S, D):
-            raise ValueError(f"positions must be [{S}, {D}], got {list(positions.shape)}")
-        scale = (D // H) ** -0.5
-        q = (self.heads(self.query(x)) * scale).view(H, B * T, -1)
-        # The memory needs no gradient: a product of its own, not one over [memory, x], saves it.
-        kv = torch.cat([self.key_value(memory), self.key_value(x)], dim=1)  # [B, S, 2*D]
-        k, v = self.heads(kv, parts=2)  # [H*B, S, K] each
-        r = F.pad(self.relative_key(positions), (0, 0, 0, 1))  # a row for relative_shift to waste
-        r = self.heads(r[None]).squeeze(0)  # [H, S + 1, K]
 
-        by_content = (q + scale * self.content_bias[:, None]).view(H * B, T, -1)
-        by_distance = torch.bmm(q + scale * self.position_bias[:, None], r.mT)  # [H, B*T, S + 1]
+        Products are associative: q (W k) is (q W) k. Where there are fewer queries than a head is
+        wide, as in generation, it is they that W is applied to, and no slot has to be projected.
+        """
+        (B, T, D), H, C, M = x.shape, self.n_heads, c_mem.size(1), mem.size(1)
+        S, K = C + M + T, D // H
+        scale = K**-0.5
+        if positions.shape != (S + 1, D):
+            raise ValueError(f"positions must be [{S + 1}, {D}], got {list(positions.shape)}")
+        w_k, w_v = self.key_value.weight.view(2, H, K, D)
+        w_r = self.relative_key.weight.view(H, K, D)
+        q = self.heads(self.query(x)).view(H, B * T, K) * scale
+        by_content = q + scale * self.content_bias[:, None]
+        by_distance = q + scale * self.position_bias[:, None]
+
+        r = positions.mT  # [D, S + 1]
+        by_distance = by_distance @ w_r @ r if B * T < K else by_distance @ (w_r @ r)
         by_distance = relative_shift(by_distance.view(H * B, T, S + 1))
-        scores = torch.baddbmm(by_distance, by_content, k.mT)  # [H*B, T, S]
+        # The memories need no gradient: products of their own, not ones over all slots, save it.
+        if T < K:
+            q = self.by_row(by_content @ w_k, B)  # [B, H*T, D]
+            by_content = torch.cat([torch.bmm(q, part.mT) for part in (c_mem, mem, x)], dim=2)
+            scores = by_distance + by_content.view(B, H, T, S).transpose(0, 1).flatten(0, 1)
+        else:
+            kv = torch.cat([self.key_value(part) for part in (c_mem, mem, x)], dim=1)
+            k, v = self.heads(kv, parts=2)  # [H*B, S, K] each
+            scores = torch.baddbmm(by_distance, by_content.view(H * B, T, K), k.mT)
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         with torch.no_grad():  # in place, unseen by autograd: softmax sends no gradient there
             scores[..., S - T :].masked_fill_(future, -math.inf)
-        weights = scores.softmax(dim=-1)
-        mixed = torch.bmm(F.dropout(weights, self.dropout, self.training), v)  # [H*B, T, K]
-        mixed = mixed.view(H, B, T, -1).permute(1, 2, 0, 3).flatten(2)  # [B, T, D]
+        weights = scores.softmax(dim=-1)  # [H*B, T, S]
+        kept = F.dropout(weights, self.dropout, self.training)
+        if T < K:
+            parts = zip(self.by_row(kept, B).split([C, M, T], dim=2), (c_mem, mem, x), strict=True)
+            mixed = sum(torch.bmm(to_part, part) for to_part, part in parts)  # [B, H*T, D]
+            mixed = mixed.view(B, H, T, D).transpose(0, 1).reshape(H, B * T, D) @ w_v.mT
+        else:
+            mixed = torch.bmm(kept, v)
+        mixed = mixed.view(H, B, T, K).permute(1, 2, 0, 3).flatten(2)  # [B, T, D]
         return self.output(mixed), weights.view(H, B, T, S).transpose(0, 1)
+
+    def by_row(self, x: Tensor, rows: int) -> Tensor:
+        """`[H, B*T, N]` or `[H*B, T, N] -> [B, H*T, N]`."""
+        return x.reshape(self.n_heads, rows, -1, x.size(-1)).transpose(0, 1).flatten(1, 2)
 
     def content(self, x: Tensor, slots: Tensor) -> Tensor:
         """The attention that Algorithm 2 compares: of `x [B, T, D]` over `slots [B, N, D]`, by
@@ -407,7 +431,7 @@ class CompressiveTransformerLayer(nn.Module):
         the layer above's h, the next step's mem and c_mem, and the compression loss, a scalar."""
         pre_norm = self.config.norm_first
         x = self.attention_norm(h) if pre_norm else h  # what attention reads is what memory keeps
-        a, weights = self.attention(x, torch.cat([c_mem, mem], dim=1), positions)
+        a, weights = self.attention(x, c_mem, mem, positions)
         if pre_norm:
             h = h + self.dropout(a)
             h = h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
@@ -500,7 +524,7 @@ class CompressiveTransformer(nn.Module):
         h = self.dropout(self.embedding(tokens))
         S = tokens.size(1) + memory.mem[0].size(1) + memory.c_mem[0].size(1)
         dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 cannot count to 257
-        distance = torch.arange(S - 1, -1, -1, dtype=dtype, device=h.device)
+        distance = torch.arange(S - 1, -2, -1, dtype=dtype, device=h.device)  # to -1: attention's
         positions = sinusoid(distance, self.config.d_model).to(h.dtype)
         mems, c_mems, losses = [], [], []
         for layer, mem, c_mem in zip(self.layers, *memory, strict=True):

@@ -314,13 +314,13 @@ def test_dropout_drops_in_training_alone():
 @pytest.mark.parametrize("dropout", [{}, {"dropout": 0.5}])
 def test_attention_weights_drop_out_if_asked(dropout: dict[str, float]):
     attention = api.RelativeMultiHeadAttention(8, 2, **dropout).double()
-    x, positions = torch.randn(2, 3, 8), reference.adapter.sinusoid(3, 8)
-    memory = x[:, :0]
-    outputs = [attention(x, memory, positions) for _ in range(2)]
+    x, positions = torch.randn(2, 3, 8), reference.adapter.sinusoid(4, 8)
+    inputs = x, x[:, :0], x[:, :0], positions
+    outputs = [attention(*inputs) for _ in range(2)]
     assert torch.equal(outputs[0][1], outputs[1][1])  # the weights handed out are whole
     assert torch.equal(outputs[0][0], outputs[1][0]) != bool(dropout)
     attention.eval()
-    assert torch.equal(attention(x, memory, positions)[0], attention(x, memory, positions)[0])
+    assert torch.equal(attention(*inputs)[0], attention(*inputs)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -431,8 +431,8 @@ def test_parts_refuse_what_does_not_fit():
         with pytest.raises(ValueError, match=r"usage must be \[2, 6 or more\], got"):
             used(torch.zeros(2, 6, 8), torch.zeros(shape))
     attention = api.RelativeMultiHeadAttention(8, 2)
-    with pytest.raises(ValueError, match=r"positions must be \[5, 8\], got \[4, 8\]"):
-        attention(torch.zeros(2, 3, 8), torch.zeros(2, 2, 8), torch.zeros(4, 8))
+    with pytest.raises(ValueError, match=r"positions must be \[7, 8\], got \[6, 8\]"):
+        attention(*(torch.zeros(2, n, 8) for n in (3, 2, 1)), torch.zeros(6, 8))
     model, text = make(), tokens(SMALL, 2, 3)
     mem, c_mem = model(text).memory
     for memory in ([mem, c_mem], (mem, c_mem, c_mem), mem[0]):

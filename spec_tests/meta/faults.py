@@ -16,7 +16,7 @@ def fault(rule: str, what: str, *changes: str) -> Fault:
 
 
 MASK = "scores[..., S - T :].masked_fill_(future, -math.inf)"
-READ = "a, weights = self.attention(x, torch.cat([c_mem, mem], dim=1), positions)"
+READ = "a, weights = self.attention(x, c_mem, mem, positions)"
 EVICT = "old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]"
 JOIN = "c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)"
 CUT = "c_mem[:, max(0, c_mem.size(1) - c_mem_len) :]"
@@ -63,15 +63,15 @@ FAULTS = [
     fault(
         "ATT-3",
         "distances are counted from 1",
-        "torch.arange(S - 1, -1, -1, dtype",
-        "torch.arange(S, 0, -1, dtype",
+        "torch.arange(S - 1, -2, -1, dtype",
+        "torch.arange(S, -1, -1, dtype",
     ),
     fault(
         "ATT-3",
         "distances are counted from full memories",
-        "distance = torch.arange(S - 1, -1, -1,",
+        "distance = torch.arange(S - 1, -2, -1,",
         "N = self.config.mem_len + self.config.c_mem_len + tokens.size(1)\n        "
-        "distance = torch.arange(N - 1, N - 1 - S, -1,",
+        "distance = torch.arange(N - 1, N - 2 - S, -1,",
     ),
     fault(
         "ATT-3", "cosines before sines", "[angle.sin(), angle.cos()]", "[angle.cos(), angle.sin()]"
@@ -80,7 +80,7 @@ FAULTS = [
     fault(
         "ATT-3", "a bias is not scaled", "q + scale * self.position_bias", "q + self.position_bias"
     ),
-    fault("ATT-3", "scaled by the whole width", "scale = (D // H) ** -0.5", "scale = D**-0.5"),
+    fault("ATT-3", "scaled by the whole width", "scale = K**-0.5", "scale = D**-0.5"),
     fault(
         "ATT-4",
         "positions grow with the stream",
@@ -92,9 +92,7 @@ FAULTS = [
         "ATT-5",
         "memory is normalised again when it is read",
         READ,
-        READ.replace(
-            "torch.cat([c_mem, mem], dim=1)", "self.attention_norm(torch.cat([c_mem, mem], dim=1))"
-        ),
+        READ.replace("c_mem, mem", "self.attention_norm(c_mem), self.attention_norm(mem)"),
     ),
     fault(
         "ATT-5",
@@ -135,7 +133,7 @@ FAULTS = [
         "MEM-1",
         "memory before compressed memory",
         READ,
-        READ.replace("[c_mem, mem]", "[mem, c_mem]"),
+        READ.replace("c_mem, mem", "mem, c_mem"),
     ),
     fault(
         "MEM-2",
@@ -244,8 +242,8 @@ FAULTS = [
         "MEM-6",
         "new slots are read at once, where memory is full",
         READ,
-        "like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0))\n        early = self.remember(x, mem, c_mem, like)[1]\n        "
-        + READ.replace("[c_mem,", "[early if early.shape == c_mem.shape else c_mem,"),
+        "like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0) - 1)\n        early = self.remember(x, mem, c_mem, like)[1]\n        "
+        + READ.replace("c_mem,", "early if early.shape == c_mem.shape else c_mem,"),
     ),
     fault("MEM-7", "outputs are stored", "*self.remember(x, mem", "*self.remember(h, mem"),
     fault("MEM-7", "layers in the wrong order", "Memory(tuple(mems)", "Memory(tuple(mems[::-1])"),
@@ -279,17 +277,15 @@ FAULTS = [
         "a full memory loses its oldest slot",
         READ,
         READ.replace(
-            "[c_mem, mem]",
-            "[c_mem, torch.cat([mem[:, :1] * (mem.size(1) < self.config.mem_len), mem[:, 1:]], dim=1)]",
+            "c_mem, mem",
+            "c_mem, torch.cat([mem[:, :1] * (mem.size(1) < self.config.mem_len), mem[:, 1:]], dim=1)",
         ),
     ),
     fault(
         "MEM-9",
         "memory is not read in segments of one",
         READ,
-        READ.replace(
-            "torch.cat([c_mem, mem], dim=1)", "torch.cat([c_mem, mem], dim=1) * (x.size(1) > 1)"
-        ),
+        READ.replace("c_mem, mem", "c_mem * (x.size(1) > 1), mem * (x.size(1) > 1)"),
     ),
     # ------------------------------------------------------------------- compression functions
     fault(
@@ -407,8 +403,10 @@ FAULTS = [
     fault(
         "LOSS-2",
         "no gradient through the values",
-        "mixed = torch.bmm(F.dropout(weights, self.dropout, self.training), v)",
-        "mixed = torch.bmm(F.dropout(weights, self.dropout, self.training), v.detach())",
+        "mixed = torch.bmm(kept, v)",
+        "mixed = torch.bmm(kept, v.detach())",
+        "@ w_v.mT",
+        "@ w_v.detach().mT",
     ),
     fault(
         "LOSS-3",

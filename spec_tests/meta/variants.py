@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..adapters import reference
 
-READ = "a, weights = self.attention(x, torch.cat([c_mem, mem], dim=1), positions)"
+READ = "a, weights = self.attention(x, c_mem, mem, positions)"
 UPDATE = "overflow = max(0, held.size(1) - mem_len)"
 OLD = "    old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]\n"
 ASKS = "if self.c_mem_len > 0:"
@@ -40,10 +40,7 @@ VARIANTS = {
             ),
             (
                 READ,
-                READ.replace(
-                    "torch.cat([c_mem, mem], dim=1)",
-                    "self.attention_norm(torch.cat([c_mem, mem], dim=1))",
-                ),
+                READ.replace("c_mem, mem", "self.attention_norm(c_mem), self.attention_norm(mem)"),
             ),
             ("*self.remember(x, mem", "*self.remember(raw, mem"),
             (
@@ -65,17 +62,10 @@ VARIANTS = {
                 "        self.other = nn.Linear(d_model, 2 * d_model, bias=False)",
             ),
             (
-                "kv = torch.cat([self.key_value(memory), self.key_value(x)], dim=1)",
-                "C = memory.c_mem_slots\n"
-                "        kv = [self.other(memory[:, :C]), self.key_value(memory[:, C:]), self.key_value(x)]\n"
-                "        kv = torch.cat(kv, dim=1)",
+                "kv = torch.cat([self.key_value(part) for part in (c_mem, mem, x)], dim=1)",
+                "kv = torch.cat([self.other(c_mem), self.key_value(mem), self.key_value(x)], dim=1)",
             ),
-            (
-                READ,
-                "both = torch.cat([c_mem, mem], dim=1)\n"
-                "        both.c_mem_slots = c_mem.size(1)\n        "
-                + READ.replace("torch.cat([c_mem, mem], dim=1)", "both"),
-            ),
+            ("if T < K:", "if False:"),
         ),
     ),
     "what c does not divide is filled up with zeros": (
