@@ -43,6 +43,7 @@ class Declaration:
     # When c does not divide the overflow, round_up evicts up to c - 1 slots more, pad puts zeros
     # before the oldest, drop loses the newest of the rest; divisible asks for lengths that it does
     overflow: str = "round_up"
+    loss_reduction: str = "mean_square"  # of a layer, over all entries; or sum_of_squares, or norm
     loss_over_layers: str = "mean"  # or sum
     loss_in_eval: bool = True  # False: there is a compression loss in training mode alone
     compressions: tuple[str, ...] = COMPRESSIONS
@@ -54,7 +55,7 @@ class Declaration:
     c_mem_len: str = "any"  # or at least one, or block: at least mem_len // compression_rate
     compress_nothing: bool = True  # f_c takes an empty block; False: it is never called with one
     dtype: str = "float64"  # or float32, where float64 does not work
-    known: Mapping[str, str] = field(default_factory=dict)  # rule -> why it is known to fail
+    known: Mapping[str, str] = field(default_factory=dict)  # rule or test -> why it fails
     not_claimed: Mapping[str, str] = field(default_factory=dict)  # rule -> why it is not for it
 
 
@@ -64,6 +65,7 @@ CHOICES = {
     "storage": ("normalised", "raw"),
     "positions": ("slots", "separate"),
     "overflow": ("round_up", "pad", "drop", "divisible"),
+    "loss_reduction": ("mean_square", "sum_of_squares", "norm"),
     "loss_over_layers": ("mean", "sum"),
     "segments": ("any", "full"),
     "mem_len": ("any", "one", "segment"),

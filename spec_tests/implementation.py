@@ -64,7 +64,7 @@ class Implementation:
                 if parameter.dim() == 1:  # biases, and gains around 1
                     parameter.copy_(float(parameter.eq(1).all()) + 0.3 * noise)
                 else:
-                    parameter.copy_(1.5 * noise / parameter.size(-1) ** 0.5)
+                    parameter.copy_(1.2 * noise / parameter.size(-1) ** 0.5)
         return model
 
     def start(self, model: nn.Module, batch: int) -> Any:

@@ -17,7 +17,7 @@ class Result(NamedTuple):
     mem: list[list[Vector]]  # a list of slots for each layer
     c_mem: list[list[Vector]]
     attention: list[list[list[Vector]]]  # for each layer [head][query][slot that the query sees]
-    loss: float
+    squares: list[tuple[float, int]]
 
 
 def lists(weights: Any) -> Any:
@@ -158,26 +158,40 @@ def content_attention(w: dict, heads: int, x: list[Vector], slots: list[Vector])
     return output
 
 
-def mean_square(a: list[Vector], b: list[Vector]) -> float:
-    squares = [(x - y) ** 2 for v, w in zip(a, b, strict=True) for x, y in zip(v, w, strict=True)]
-    return math.fsum(squares) / len(squares)
+def squares(a: list[Vector], b: list[Vector]) -> tuple[float, int]:
+    """Of the differences of all entries: their sum, and how many there are."""
+    found = [(x - y) ** 2 for v, w in zip(a, b, strict=True) for x, y in zip(v, w, strict=True)]
+    return math.fsum(found), len(found)
 
 
 def compression_loss(
     declared: Declaration, settings: Settings, w: dict, h: list[Vector], old: Any, new: Any
-) -> float:
-    """Of one layer, on slots as they are stored; zero for a function without parameters."""
+) -> tuple[float, int]:
+    """Of one row and layer, on slots as they are stored, the squares to `reduce`; none for a
+    function without parameters."""
     if settings.compression not in ("conv", "dilated_conv") or not old:
-        return 0.0
+        return 0.0, 0
     if settings.compression_loss == "attention":
         x, old, new = (as_read(declared, settings, w, slots) for slots in (h, old, new))
         heads = settings.n_heads
-        return mean_square(content_attention(w, heads, x, old), content_attention(w, heads, x, new))
+        return squares(content_attention(w, heads, x, old), content_attention(w, heads, x, new))
     if settings.compression_loss == "autoencoding":
         kernel = w["transposed_convolution"]
         read_back = [[dot(row, slot) for row in matrix] for slot in new for matrix in kernel]
-        return mean_square(old, read_back)
-    return 0.0
+        return squares(old, read_back)
+    return 0.0, 0
+
+
+def reduce(declared: Declaration, rows: list[list[tuple[float, int]]]) -> float:
+    """The loss of all rows' and layers' squares, as declared."""
+    losses = []
+    for layer in zip(*rows, strict=True):
+        total, count = math.fsum(s for s, _ in layer), sum(n for _, n in layer)
+        if declared.loss_reduction == "mean_square":
+            losses.append(total / max(count, 1))
+        else:
+            losses.append(math.sqrt(total) if declared.loss_reduction == "norm" else total)
+    return math.fsum(losses) / (len(losses) if declared.loss_over_layers == "mean" else 1)
 
 
 def layer_step(
@@ -187,7 +201,7 @@ def layer_step(
     h: list[Vector],
     mem: list[Vector],
     c_mem: list[Vector],
-) -> tuple[list[Vector], list[Vector], list[Vector], Any, float]:
+) -> tuple[list[Vector], list[Vector], list[Vector], Any, tuple[float, int]]:
     pre = settings.norm_first
 
     def norm(i: int, x: Vector) -> Vector:
@@ -243,5 +257,4 @@ def step(
     if settings.norm_first:
         h = [layer_norm(x, weights["norm_weight"], weights["norm_bias"]) for x in h]
     logits = [add(times(x, weights["logits_weight"]), weights["logits_bias"]) for x in h]
-    layers = len(losses) if declared.loss_over_layers == "mean" else 1
-    return Result(logits, mems, c_mems, attention, math.fsum(losses) / layers)
+    return Result(logits, mems, c_mems, attention, losses)

@@ -21,6 +21,7 @@ from .support import (
     fit,
     holds,
     joined,
+    longer_memory,
     random_slots,
     tokens,
 )
@@ -94,9 +95,22 @@ def test_LOSS_1_does_not_reach_the_memories(impl: Implementation, case: Case, bp
 def test_LOSS_2_leaves_the_language_model_loss_alone_in_every_step(
     impl: Implementation, case: Case
 ):
+    lacking = None
+    for _ in range(3):  # a ReLU may be dead, and attention too small to see, for all tokens of one
+        missing = language_model_gradients_that_are_missing(impl, case)
+        lacking = missing if lacking is None else {k: v for k, v in lacking.items() if k in missing}
+    for what, frozen in lacking.items():
+        holds(False, what, "some", "zero or none", frozen)
+
+
+def language_model_gradients_that_are_missing(
+    impl: Implementation, case: Case
+) -> dict[str, str | None]:
+    """What is without a gradient, and why if that is known; those that are there are the same with
+    the compression loss and without."""
     settings, (T,) = case
     model = impl.build(settings).train()
-    trained, state = of_compression(impl, model), impl.start(model, 2)
+    trained, state, missing = of_compression(impl, model), impl.start(model, 2), {}
     count = -(-settings.mem_len // T) + 3
     for n, segment in enumerate(tokens(settings, 2, count * T).split(T, dim=1)):
         full = all(part.size(1) > 0 for layer in impl.read(state) for part in layer)
@@ -107,13 +121,14 @@ def test_LOSS_2_leaves_the_language_model_loss_alone_in_every_step(
         alone, joint = gradients(loss, model), gradients(loss + step.loss, model)
         for name, parameter in model.named_parameters():
             what = f"gradient of the language-model loss on {name} in step {n}"
-            expected = "zero or none" if name in trained else "some"
-            got = "zero or none" if is_zero(alone[name]) else "some"
-            frozen = None if parameter.requires_grad else "it was frozen: requires_grad is False"
-            if name in trained or full:  # what is there for compressed slots alone has to wait
-                holds(got == expected, what, expected, got, frozen)
-            if name not in trained and not is_zero(alone[name]):
+            if name in trained:
+                holds(is_zero(alone[name]), what, "zero or none", "some")
+            elif not is_zero(alone[name]):
                 close(f"{what}, the compression loss added", joint[name], alone[name])
+            elif full:  # what is there for compressed slots alone has to wait
+                frozen = "it was frozen: requires_grad is False"
+                missing[what] = None if parameter.requires_grad else frozen
+    return missing
 
 
 @check(case=cases((1, 1), shortest=2))
@@ -176,7 +191,8 @@ def test_LOSS_3_is_zero_for_the_identity(impl: Implementation, case: Case):
             for p in layer:
                 p.copy_(torch.eye(D).view(p.shape) if p.numel() == D * D else torch.zeros(p.shape))
     loss = impl.step(model, text, state).loss.item()
-    holds(abs(loss) < impl.tolerance**2, "loss with c = 1 and f_c the identity", 0, loss)
+    most = impl.tolerance ** (1 if impl.declared.loss_reduction == "norm" else 2)
+    holds(abs(loss) < most, "loss with c = 1 and f_c the identity", 0, loss)
 
 
 @check(case=training(longest=3, n_layers=1, compression_loss="attention"), i=st.integers(0, 99))
@@ -204,13 +220,13 @@ def test_LOSS_4_depends_on_the_evicted_block_alone(impl: Implementation, case: C
     holds(torch.equal(one, other) == (i >= leave), what, expected, got)
 
 
-@check(case=training())
+@check(case=training(readable=True))
 def test_LOSS_5_equals_the_definition_by_loops(impl: Implementation, case: Case):
     """Of a step: the layers' losses by plain loops over what left their memories."""
     settings, (T,) = case
     model, state, text = ready(impl, case)
     weights = [oracle.lists(layer) for layer in impl.weights(model)["layers"]]
-    long = impl.twin(model, fit(impl.declared, settings._replace(mem_len=1000), [T]).settings)
+    long = longer_memory(impl, model, case)
     step = impl.step(model, text, state)
     held = joined(impl, long, text, state, step.state)
     losses = []
@@ -219,9 +235,8 @@ def test_LOSS_5_equals_the_definition_by_loops(impl: Implementation, case: Case)
         old = block_of(slots, blocks)
         new = impl.compress(model, i, old, old.new_zeros(old.shape[:2]))
         rows = zip(slots[:, -T:].tolist(), old.tolist(), new.tolist(), strict=True)
-        each = [oracle.compression_loss(impl.declared, settings, w, *row) for row in rows]
-        losses.append(sum(each) / 2)
-    expected = sum(losses) / (len(losses) if impl.declared.loss_over_layers == "mean" else 1)
+        losses.append([oracle.compression_loss(impl.declared, settings, w, *row) for row in rows])
+    expected = oracle.reduce(impl.declared, list(zip(*losses, strict=True)))
     expected = torch.tensor(expected, dtype=impl.dtype)
     close("compression loss", step.loss.detach(), expected, 10 * impl.tolerance)
 
@@ -245,10 +260,12 @@ def test_LOSS_6_falls_with_a_small_step_of_f_c_against_its_gradient(
 
 
 @check(case=cases((3, 6), compression=("most_used", "mean_pool", "max_pool")))
-def test_LOSS_5_is_zero_where_there_is_nothing_to_train(impl: Implementation, case: Case):
+def test_LOSS_1_trains_nothing_where_there_is_nothing_to_train(impl: Implementation, case: Case):
     settings, schedule = case
     model = impl.build(settings).train()
     listed = impl.compression_parameters(model)
     holds(not any(listed), f"parameters of {settings.compression}", "none", listed)
     for n, step in enumerate(impl.run(model, tokens(settings, 2, sum(schedule)), schedule)):
-        holds(step.loss == 0, f"compression loss in step {n}", 0, step.loss.item())
+        for name, gradient in gradients(step.loss, model).items():
+            what = f"gradient of the compression loss on {name} in step {n}"
+            holds(is_zero(gradient), what, "zero or none", "some")

@@ -26,7 +26,6 @@ def test_MOD_1_without_compressed_memory_it_is_transformer_xl(impl: Implementati
         if compressing is not None and impl.declared.start == "empty":
             same = impl.step(compressing, segment, state).logits
             close(f"logits {where}", step.logits, same)
-        holds(step.loss == 0, f"compression loss {where}", 0, step.loss.item())
         state, fed = step.state, fed + segment.size(1)
         lengths = [len(expected[n].mem[0]), 0]
         for mem, c_mem in impl.read(state):
@@ -158,4 +157,4 @@ def test_MOD_5_a_memory_of_another_width(impl: Implementation):
 
 def test_MOD_5_a_width_that_heads_do_not_divide(impl: Implementation):
     bad = fit(impl.declared, Settings(d_model=26, n_heads=7), [4]).settings
-    refused("d_model = 26 with n_heads = 7", lambda: impl.build(bad), "d_model|dim", "26", "7")
+    refused("d_model = 26 with n_heads = 7", lambda: impl.build(bad), "26", "7")

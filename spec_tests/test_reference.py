@@ -442,6 +442,12 @@ def test_parts_refuse_what_does_not_fit():
         model.config.mem_len = 3
 
 
+def test_there_is_no_loss_where_nothing_is_trained():
+    for settings in [{"compression": x} for x in COMPRESSIONS[2:]] + [{"c_mem_len": 0}]:
+        for step in reference.run(make(**settings).train(), tokens(SMALL, 2, 20), [9, 11]):
+            assert step.loss == 0 and not step.loss.requires_grad
+
+
 def test_losses_alone_train_the_compressed_slots_alone():
     attention = api.RelativeMultiHeadAttention(8, 2).double()
     decompress = api.Decompression(8, 2).double()
