@@ -56,7 +56,7 @@ class Declaration:
     compress_nothing: bool = True  # f_c takes an empty block; False: it is never called with one
     dtype: str = "float64"  # or float32, where float64 does not work
     known: Mapping[str, str] = field(default_factory=dict)  # rule or test -> why it fails
-    not_claimed: Mapping[str, str] = field(default_factory=dict)  # rule -> why it is not for it
+    not_claimed: Mapping[str, str] = field(default_factory=dict)  # the same -> why not for it
 
 
 CHOICES = {

@@ -4,7 +4,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from .adapter import Settings
 from .implementation import Implementation
-from .rules import RULES
+from .rules import DESIGN, RULES
 from .support import Broken, Case
 
 SCHEMA = 1
@@ -68,6 +68,9 @@ def explain(name: str, error: BaseException, impl: Implementation, seed: int) ->
     else:
         causes = [cause for rule in rules_of(name) for cause in RULES[rule].causes]
         lines += [f"  perhaps    {cause}" for cause in causes]
+        fields = [DESIGN[rule] for rule in rules_of(name) if rule in DESIGN]
+        if fields:
+            lines += [f"  or         it is meant so: then declare {', '.join(fields)}"]
     arguments = [repr(name), repr(impl.path), *(f"{k}={code(v)}" for k, v in drawn.items())]
     if seed:
         arguments.append(f"spec_seed={seed}")
@@ -106,9 +109,14 @@ class SpecReport:
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         rules = rules_of(item.name)
-        reasons = [self.impl.declared.not_claimed.get(rule) for rule in rules]
+        reasons = self.reasons(self.impl.declared.not_claimed, item.name)
         if rules and all(reasons):
             pytest.skip(reasons[0])
+
+    @staticmethod
+    def reasons(declared: Mapping[str, str], test: str) -> list[str | None]:
+        """What is declared of each of a test's rules, or of the test by its name."""
+        return [declared.get(test) or declared.get(rule) for rule in rules_of(test)]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
@@ -119,7 +127,7 @@ class SpecReport:
         if report.outcome == "failed":
             error, seed = call.excinfo.value, self.config.option.spec_seed
             message = report.longrepr = explain(item.name, error, self.impl, seed)
-            known = [self.impl.declared.known.get(rule) for rule in rules]
+            known = self.reasons(self.impl.declared.known, item.name)
             if all(known):
                 report.outcome, report.wasxfail = "skipped", known[0]
         elif report.outcome == "skipped":
@@ -132,20 +140,27 @@ class SpecReport:
 
     def verdict(self, rule: str) -> tuple[str, str]:
         """The verdict on a rule, and its reason."""
-        checks, known = self.checks[rule], self.impl.declared.known.get(rule)
+        checks, declared = self.checks[rule], self.impl.declared.known
         passed, failed, skipped = (
-            [check["message"] for check in checks if check["outcome"] == outcome]
+            {check["name"]: check["message"] for check in checks if check["outcome"] == outcome}
             for outcome in ("passed", "failed", "skipped")
         )
+        known = {name: declared.get(name) or declared.get(rule) for name in failed}
         if not checks:
             return "NOT RUN", ""
+        if not all(known.values()):
+            return "FAIL", in_short(next(failed[name] for name in failed if not known[name]))
+        as_known = [declared[name] for name in passed if name in declared]
+        if not failed and passed and rule in declared:
+            as_known.append(declared[rule])
+        if as_known:
+            return "UNEXPECTED PASS", f"declared as known: {as_known[0]}"
         if failed:
-            return ("KNOWN", known) if known else ("FAIL", in_short(failed[0]))
+            return "KNOWN", "; ".join(dict.fromkeys(known.values()))
         if not passed:
-            return "NOT CLAIMED", skipped[0]
-        if known:
-            return "UNEXPECTED PASS", f"declared as known: {known}"
-        why = f"{len(skipped)} of {len(checks)} checks not claimed: " + "; ".join(set(skipped))
+            return "NOT CLAIMED", next(iter(skipped.values()))
+        why = f"{len(skipped)} of {len(checks)} checks not claimed: "
+        why += "; ".join(dict.fromkeys(skipped.values()))
         return "PASS", why if skipped else ""
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

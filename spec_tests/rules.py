@@ -195,3 +195,22 @@ RULES = {
         level="SHOULD",
     ),
 }
+
+DESIGN = {  # the fields of an adapter's `declares` that a rule follows
+    "ATT-2": "start",
+    "ATT-3": "positions, storage",
+    "ATT-5": "start, storage",
+    "MEM-1": "layout, start, overflow",
+    "MEM-2": "mem_len, c_mem_len",
+    "MEM-3": "overflow, start",
+    "MEM-4": "overflow, start",
+    "MEM-5": "overflow, storage",
+    "MEM-9": "overflow, start",
+    "CMP-1": "compress_nothing",
+    "LOSS-3": "storage, loss_reduction",
+    "LOSS-4": "overflow",
+    "LOSS-5": "storage, loss_reduction, loss_over_layers",
+    "MOD-1": "mem_len, c_mem_len",
+    "MOD-2": "loss_in_eval",
+    "MOD-4": "segments",
+}

@@ -15,7 +15,7 @@ from ..adapter import Declaration, Settings
 from ..adapters import reference
 from ..conftest import supported
 from ..implementation import Implementation, Unusable, check_usable, declaration, load
-from ..report import SCHEMA, VERDICTS
+from ..report import SCHEMA, VERDICTS, SpecReport
 from ..rules import RULES
 from ..support import fit
 
@@ -171,6 +171,25 @@ def test_what_is_declared_is_followed(folder: Path):
         parts.write_text(right)
 
 
+def test_what_is_known_of_a_test_hides_no_other_failure_of_its_rule():
+    """A rule with two checks, of which one is declared as known."""
+    adapter = Wrong(declares={"known": {"test_CMP_1_one": "the one"}})
+    config = SimpleNamespace(option=SimpleNamespace(spec_profile="quick", spec_seed=0))
+    report = SpecReport(config, Implementation(adapter, "wrong"))
+    for outcomes, verdict in (
+        (("failed", "passed"), ("KNOWN", "the one")),
+        (("failed", "failed"), ("FAIL", "other")),
+        (("passed", "failed"), ("FAIL", "other")),
+        (("passed", "passed"), ("UNEXPECTED PASS", "declared as known: the one")),
+        (("skipped", "skipped"), ("NOT CLAIMED", "  raised     one")),
+    ):
+        report.checks["CMP-1"] = [
+            {"name": f"test_CMP_1_{name}", "outcome": outcome, "message": f"  raised     {name}"}
+            for name, outcome in zip(("one", "other"), outcomes, strict=True)
+        ]
+        assert report.verdict("CMP-1") == verdict
+
+
 def test_the_json_is_as_documented(folder: Path):
     ran = spec(folder, "--impl", "my_adapter.py", "-k", "CMP_3 or MOD_3")
     report = ran.report
@@ -271,7 +290,7 @@ RIGHT = reference.Adapter()
             "must be one of 'batch_first', 'time_first', got 's",
         ),
         ({"declares": {"colour": "red"}}, "declares.'colour'. is unknown; there are name, version"),
-        ({"declares": {"known": {"ATT-9": "why"}}}, "names 'ATT-9', which is no rule"),
+        ({"declares": {"known": {"ATT-9": "why"}}}, "names 'ATT-9', no rule and no test"),
         ({"declares": {"compressions": ("sum",)}}, "declares.'compressions'. must be some of conv"),
     ],
 )
