@@ -72,15 +72,19 @@ def test_generate_without_memory_sees_the_whole_prompt():
         assert torch.equal(found[:, length], best)
 
 
-def test_generate_splits_a_long_prompt():
-    model = make(n_layers=1)
-    prompt = tokens(SMALL, 1, 1100)
-    memory = None
-    for segment in prompt.split(512, dim=1):
-        step = model(segment, memory)
-        memory = step.memory
-    best = step.logits[:, -1:].argmax(dim=-1)
-    assert torch.equal(model.generate(prompt, 1, temperature=0)[:, -1:], best)
+@pytest.mark.parametrize(
+    ("settings", "lengths"),
+    [
+        ({}, [512, 512, 76, 1, 1]),
+        ({"mem_len": 600}, [600, 500, 1, 1]),
+        ({"mem_len": 0, "c_mem_len": 0}, [1100, 1101, 1102]),
+    ],
+)
+def test_generate_splits_a_long_prompt(settings: dict[str, int], lengths: list[int]):
+    model, fed = make(n_layers=1, **settings), []
+    model.register_forward_pre_hook(lambda module, args: fed.append(args[0].size(1)))
+    model.generate(tokens(SMALL, 1, 1100), 3)
+    assert fed == lengths
 
 
 def test_generate_samples_from_the_softmax_at_the_temperature():
@@ -105,6 +109,8 @@ def test_generate_repeats_itself_with_the_same_generator():
         model.generate(prompt, 20, generator=torch.Generator().manual_seed(seed))
         for seed in (0, 0, 1)
     )
+    same = {"generator": torch.Generator().manual_seed(0), "temperature": 1.0, "top_k": None}
+    assert torch.equal(first, model.generate(prompt, 20, **same))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert not first.requires_grad
@@ -422,6 +428,9 @@ def test_update_memory_shows_the_example_of_its_docstring():
     assert [chr(int(x)) for x in update.old.flatten()] == ["c", "d", "e", "f"]
     assert update.compressed.flatten().tolist() == [ord("c") + 0.5, ord("e") + 0.5]
     assert update.c_mem.flatten().tolist() == [ord("a"), ord("c") + 0.5, ord("e") + 0.5]
+    update = api.update_memory(*letters, pool, mem_len=4, c_mem_len=0, compression_rate=2)
+    assert [chr(int(x)) for x in update.mem.flatten()] == ["f", "g", "h", "i"]
+    assert all(part.size(1) == 0 for part in update[1:])
 
 
 def test_parts_refuse_what_does_not_fit():
