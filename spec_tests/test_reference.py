@@ -453,6 +453,15 @@ def test_parts_refuse_what_does_not_fit():
         model.config.mem_len = 3
 
 
+def test_parameter_groups_part_the_model_from_its_compression_functions():
+    model = make(compression_loss="autoencoding")
+    language_model, compression = ({id(p) for p in group} for group in model.parameter_groups())
+    for name, parameter in model.named_parameters():
+        compresses = "compress" in name  # compress.conv, decompress.conv
+        assert (id(parameter) in compression) == compresses
+        assert (id(parameter) in language_model) != compresses
+
+
 def test_there_is_no_loss_where_nothing_is_trained():
     for settings in [{"compression": x} for x in COMPRESSIONS[2:]] + [{"c_mem_len": 0}]:
         for step in reference.run(make(**settings).train(), tokens(SMALL, 2, 20), [9, 11]):
