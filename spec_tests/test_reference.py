@@ -433,6 +433,11 @@ def test_update_memory_shows_the_example_of_its_docstring():
     assert all(part.size(1) == 0 for part in update[1:])
 
 
+def test_usage_is_the_mean_attention_of_those_that_saw_a_slot():
+    weights = torch.ones(2, 3, 4, 6).tril(2) * torch.tensor([1.0, 2.0, 6.0])[:, None, None]
+    assert torch.equal(api.MostUsedCompression.usage(weights, 5), torch.full((2, 5), 3.0))
+
+
 def test_parts_refuse_what_does_not_fit():
     conv, used = api.Conv1dCompression(8, 3), api.MostUsedCompression(8, 3)
     for shape in ([2, 7, 8], [2, 6, 7], [6, 8]):
