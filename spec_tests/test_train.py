@@ -32,10 +32,10 @@ TEXT = b"In the beginning was the word, and the word was long. " * 40
 
 
 def run(*options: object, cwd: Path, env: dict[str, str] | None = None):
+    """In a process with as many threads as the tests themselves: rounding depends on that."""
     command = [sys.executable, str(TRAIN), *map(str, options)]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env=os.environ | (env or {})
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
 
 
 @pytest.fixture
