@@ -222,7 +222,7 @@ def check_usable(impl: Implementation, settings: Settings) -> None:
         known = {id(parameter) for parameter in model.parameters()}
         if not all(id(parameter) in known for layer in theirs for parameter in layer):
             raise Unusable(f"{call} gives something that is no parameter of the model")
-        if hasattr(impl.adapter, "replace"):
+        if getattr(impl.adapter, "replace", None):  # as `needs` asks
             call = "read(replace(state, slots))"
             handed = [Slots(torch.randn_like(mem), torch.randn_like(c)) for mem, c in slots]
             for layer, again in zip(handed, impl.read(impl.replace(state, handed)), strict=True):
