@@ -138,6 +138,11 @@ def relative_shift(scores: Tensor) -> Tensor:
     return scores.flatten(-2)[..., T - 1 : T - 1 + T * S].unflatten(-1, (T, S))
 
 
+# On a CPU, heads are taken in groups with about so many scores, which its cache holds. Larger tensors
+# would also be fresh pages from the system every time, which cost more than the products.
+SCORES_AT_ONCE = 2**21
+
+
 class RelativeMultiHeadAttention(nn.Module):
     """Causal attention over memory and segment with relative positions (Transformer-XL, sec. 3.3):
 
@@ -154,62 +159,108 @@ class RelativeMultiHeadAttention(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))  # v
         self.output = nn.Linear(d_model, d_model, bias=False)
 
+    def forward(
+        self,
+        x: Tensor,
+        c_mem: Tensor,
+        mem: Tensor,
+        positions: Tensor,
+        *,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `x [B, T, D]` to `c_mem [B, C, D]`, `mem [B, M, D]` and to x itself up to
+        one's own position; `positions [S + 1, D]` is the `sinusoid` of the distances S - 1, ..., 0
+        and of -1, which `relative_shift` wastes.
+
+        Returns the output `[B, T, D]` and, only if needed, the attention weights `[B, H, T, S]`.
+
+        Products are associative: q (W k) is (q W) k. Where there are fewer queries than a head is
+        wide, as in generation, it is they that W is applied to, and no slot has to be projected.
+        """
+        (B, T, D), H, slots = x.shape, self.n_heads, (c_mem, mem, x)
+        S, K = c_mem.size(1) + mem.size(1) + T, D // H
+        if positions.shape != (S + 1, D):
+            raise ValueError(f"positions must be [{S + 1}, {D}], got {list(positions.shape)}")
+        scale = K**-0.5
+        q = self.heads(self.query(x)).view(H, B * T, K) * scale
+        by_content = q + (scale * self.content_bias[:, None]).to(q.dtype)
+        by_distance = q + (scale * self.position_bias[:, None]).to(q.dtype)
+        attend = self.attend_to_slots if T < K else self.attend_to_keys
+        mixed, weights = attend(by_content, by_distance, slots, positions, need_weights)
+        mixed = mixed.view(H, B, T, K).permute(1, 2, 0, 3).flatten(2)  # [B, T, D]
+        whole = torch.cat(weights).view(H, B, T, S).transpose(0, 1) if need_weights else None
+        return self.output(mixed), whole
+
+    def attend_to_keys(
+        self,
+        by_content: Tensor,
+        by_distance: Tensor,
+        slots: tuple[Tensor, ...],
+        positions: Tensor,
+        need_weights: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The queries `[H, B*T, K]` (q + u, q + v, scaled) attend to keys: `-> [H*B, T, K]`, and the
+        weights in parts."""
+        # The memories need no gradient: products of their own, not one over all slots, save it.
+        kv = torch.cat([self.key_value(part) for part in slots], dim=1)  # [B, S, 2*D]
+        k, v = self.heads(kv, parts=2)  # [H*B, S, K] each
+        (r,) = self.heads(self.relative_key(positions[None]))  # [H, S + 1, K]
+        (B, S, _), H = kv.shape, self.n_heads
+        T = by_content.size(1) // B
+        on_cpu = kv.device.type == "cpu"
+        group = max(1, SCORES_AT_ONCE // (B * T * S)) if on_cpu else H  # heads taken together
+        by_content, k, v = (x.split(group * B) for x in (by_content.view(H * B, T, -1), k, v))
+        by_distance, r = by_distance.split(group), r.split(group)
+        mixed, weights = [], []
+        for q, k, v, q_r, r in zip(by_content, k, v, by_distance, r, strict=True):
+            scores = relative_shift(torch.bmm(q_r, r.mT).view(-1, T, S + 1))
+            probs = self.masked_softmax(torch.baddbmm(scores, q, k.mT))
+            mixed.append(torch.bmm(F.dropout(probs, self.dropout, self.training), v))
+            weights += [probs] * need_weights
+        return torch.cat(mixed), weights
+
+    def attend_to_slots(
+        self,
+        by_content: Tensor,
+        by_distance: Tensor,
+        slots: tuple[Tensor, ...],
+        positions: Tensor,
+        need_weights: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same, but the queries go through W_k to the slots, and what they find through W_v."""
+        H, rows, K = by_content.shape
+        B, D, S = slots[0].size(0), positions.size(1), positions.size(0) - 1
+        T = rows // B
+        w_k, w_v = self.key_value.weight.view(2, H, K, D)
+        w_r = self.relative_key.weight.view(H, K, D)
+        r = positions.mT  # [D, S + 1]
+        by_distance = by_distance @ w_r @ r if B * T < K else by_distance @ (w_r @ r)
+        by_distance = relative_shift(by_distance.view(H, B, T, S + 1))
+        q = self.by_row(by_content @ w_k, B)  # [B, H*T, D]
+        by_content = torch.cat([torch.bmm(q, part.mT) for part in slots], dim=2)  # [B, H*T, S]
+        weights = self.masked_softmax(by_distance + by_content.view(B, H, T, S).transpose(0, 1))
+        kept = self.by_row(F.dropout(weights, self.dropout, self.training), B)
+        parts = zip(kept.split([part.size(1) for part in slots], dim=2), slots, strict=True)
+        mixed = sum(torch.bmm(to_part, part) for to_part, part in parts)  # [B, H*T, D]
+        mixed = mixed.view(B, H, T, D).transpose(0, 1).reshape(H, B * T, D) @ w_v.mT
+        return mixed, [weights]
+
+    @staticmethod
+    def masked_softmax(scores: Tensor) -> Tensor:
+        """Attention weights from scores `[..., T, S]`: tokens after t are hidden from query t."""
+        T, S = scores.shape[-2:]
+        future = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1)
+        with torch.no_grad():  # in place, unseen by autograd: softmax sends no gradient there
+            scores[..., S - T :].masked_fill_(future, -math.inf)
+        return scores.softmax(dim=-1, dtype=scores.dtype)  # bfloat16 stays so under autocast
+
     def heads(self, x: Tensor, parts: int = 1) -> Tensor:
         """`[B, N, parts*D] -> [parts, H*B, N, K]`. Heads come before rows: one matrix product for
         each head then takes all rows to what they share, W_R R."""
         return x.unflatten(-1, (parts, self.n_heads, -1)).permute(2, 3, 0, 1, 4).flatten(1, 2)
 
-    def forward(
-        self, x: Tensor, c_mem: Tensor, mem: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Attend from `x [B, T, D]` to `c_mem [B, C, D]`, `mem [B, M, D]` and to x itself up to
-        one's own position; `positions [S + 1, D]` is the `sinusoid` of the distances S - 1, ..., 0
-        and of -1, which `relative_shift` wastes.
-
-        Returns the output `[B, T, D]` and the attention weights `[B, H, T, S]`.
-
-        Products are associative: q (W k) is (q W) k. Where there are fewer queries than a head is
-        wide, as in generation, it is they that W is applied to, and no slot has to be projected.
-        """
-        (B, T, D), H, C, M = x.shape, self.n_heads, c_mem.size(1), mem.size(1)
-        S, K = C + M + T, D // H
-        scale = K**-0.5
-        if positions.shape != (S + 1, D):
-            raise ValueError(f"positions must be [{S + 1}, {D}], got {list(positions.shape)}")
-        w_k, w_v = self.key_value.weight.view(2, H, K, D)
-        w_r = self.relative_key.weight.view(H, K, D)
-        q = self.heads(self.query(x)).view(H, B * T, K) * scale
-        by_content = q + scale * self.content_bias[:, None]
-        by_distance = q + scale * self.position_bias[:, None]
-
-        r = positions.mT  # [D, S + 1]
-        by_distance = by_distance @ w_r @ r if B * T < K else by_distance @ (w_r @ r)
-        by_distance = relative_shift(by_distance.view(H * B, T, S + 1))
-        # The memories need no gradient: products of their own, not ones over all slots, save it.
-        if T < K:
-            q = self.by_row(by_content @ w_k, B)  # [B, H*T, D]
-            by_content = torch.cat([torch.bmm(q, part.mT) for part in (c_mem, mem, x)], dim=2)
-            scores = by_distance + by_content.view(B, H, T, S).transpose(0, 1).flatten(0, 1)
-        else:
-            kv = torch.cat([self.key_value(part) for part in (c_mem, mem, x)], dim=1)
-            k, v = self.heads(kv, parts=2)  # [H*B, S, K] each
-            scores = torch.baddbmm(by_distance, by_content.view(H * B, T, K), k.mT)
-        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        with torch.no_grad():  # in place, unseen by autograd: softmax sends no gradient there
-            scores[..., S - T :].masked_fill_(future, -math.inf)
-        weights = scores.softmax(dim=-1)  # [H*B, T, S]
-        kept = F.dropout(weights, self.dropout, self.training)
-        if T < K:
-            parts = zip(self.by_row(kept, B).split([C, M, T], dim=2), (c_mem, mem, x), strict=True)
-            mixed = sum(torch.bmm(to_part, part) for to_part, part in parts)  # [B, H*T, D]
-            mixed = mixed.view(B, H, T, D).transpose(0, 1).reshape(H, B * T, D) @ w_v.mT
-        else:
-            mixed = torch.bmm(kept, v)
-        mixed = mixed.view(H, B, T, K).permute(1, 2, 0, 3).flatten(2)  # [B, T, D]
-        return self.output(mixed), weights.view(H, B, T, S).transpose(0, 1)
-
     def by_row(self, x: Tensor, rows: int) -> Tensor:
-        """`[H, B*T, N]` or `[H*B, T, N] -> [B, H*T, N]`."""
+        """`[H, B*T, N]` or `[H, B, T, N] -> [B, H*T, N]`."""
         return x.reshape(self.n_heads, rows, -1, x.size(-1)).transpose(0, 1).flatten(1, 2)
 
     def content(self, x: Tensor, slots: Tensor) -> Tensor:
@@ -425,28 +476,36 @@ class CompressiveTransformerLayer(nn.Module):
         self.decompress = Decompression(D, c) if autoencoding else None  # g
 
     def forward(
-        self, h: Tensor, mem: Tensor, c_mem: Tensor, positions: Tensor
+        self,
+        h: Tensor,
+        mem: Tensor,
+        c_mem: Tensor,
+        positions: Tensor,
+        *,
+        need_loss: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`h [B, T, D]`, `mem [B, M, D]`, `c_mem [B, C, D]`, `positions [S, D]` (see attention) ->
-        the layer above's h, the next step's mem and c_mem, and the compression loss, a scalar."""
+        """`h [B, T, D]`, `mem [B, M, D]`, `c_mem [B, C, D]`, `positions [S + 1, D]` (see attention)
+        -> the layer above's h, the next step's mem and c_mem, and the compression loss, a scalar
+        (zero if it is not needed)."""
         pre_norm = self.config.norm_first
         x = self.attention_norm(h) if pre_norm else h  # what attention reads is what memory keeps
-        a, weights = self.attention(x, c_mem, mem, positions)
+        by_use = isinstance(self.compress, MostUsedCompression)
+        a, weights = self.attention(x, c_mem, mem, positions, need_weights=by_use)
         if pre_norm:
             h = h + self.dropout(a)
             h = h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
         else:
             h = self.attention_norm(h + self.dropout(a))
             h = self.feed_forward_norm(h + self.dropout(self.feed_forward(h)))
-        return h, *self.remember(x, mem, c_mem, weights)
+        return h, *self.remember(x, mem, c_mem, weights, need_loss)
 
     def remember(
-        self, x: Tensor, mem: Tensor, c_mem: Tensor, weights: Tensor
+        self, x: Tensor, mem: Tensor, c_mem: Tensor, weights: Tensor | None, need_loss: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The next step's mem and c_mem, and the compression loss. No gradient passes from step to
         step, unless `bptt` asks for it, nor from the loss to anything but f_c (and g)."""
         config, compress = self.config, self.compress
-        if isinstance(compress, MostUsedCompression):
+        if weights is not None:
             compress = partial(compress, usage=compress.usage(weights, mem.size(1) + x.size(1)))
         if not config.bptt:
             x, mem, c_mem = x.detach(), mem.detach(), c_mem.detach()
@@ -461,7 +520,7 @@ class CompressiveTransformerLayer(nn.Module):
         )
 
         loss = x.new_zeros(())
-        if self.compression_loss != "none":
+        if need_loss and self.compression_loss != "none":
             if config.bptt:
                 old = old.detach()
                 compressed = compress(old)
@@ -511,11 +570,13 @@ class CompressiveTransformer(nn.Module):
         empty = self.embedding.weight.new_zeros(batch_size, 0, self.config.d_model)
         return Memory(*((empty,) * self.config.n_layers for _ in range(2)))
 
-    def forward(self, tokens: Tensor, memory: Memory | None = None) -> Output:
+    def forward(
+        self, tokens: Tensor, memory: Memory | None = None, *, need_loss: bool = True
+    ) -> Output:
         """One segment: `tokens [B, T]` (int64 or int32) and the memory that the segment before
         returned (None: empty) -> `Output(logits [B, T, vocab_size], memory, compression_loss)`.
 
-        T may differ from call to call. Raises TypeError or ValueError for what does not fit,
+        T may differ from call to call. If the loss is not needed, it is zero. Raises TypeError or ValueError for what does not fit,
         except for tokens out of range on an accelerator, where looking would make it wait:
         there the embedding's own check stops the program.
         """
@@ -528,7 +589,7 @@ class CompressiveTransformer(nn.Module):
         positions = sinusoid(distance, self.config.d_model).to(h.dtype)
         mems, c_mems, losses = [], [], []
         for layer, mem, c_mem in zip(self.layers, *memory, strict=True):
-            h, mem, c_mem, loss = layer(h, mem, c_mem, positions)
+            h, mem, c_mem, loss = layer(h, mem, c_mem, positions, need_loss=need_loss)
             mems.append(mem)
             c_mems.append(c_mem)
             losses.append(loss)
@@ -568,7 +629,7 @@ class CompressiveTransformer(nn.Module):
         segments = prompt.split(length, dim=1) if remembers else (prompt,)
         for _ in range(max_new_tokens):
             for segment in segments:
-                logits, memory, _ = self(segment, memory)
+                logits, memory, _ = self(segment, memory, need_loss=False)
             logits = logits[:, -1]  # [B, vocab_size]
             if temperature == 0:
                 new = logits.argmax(dim=-1, keepdim=True)
