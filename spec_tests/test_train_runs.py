@@ -52,14 +52,14 @@ def farthest(a: Path, b: Path) -> float:
 
 
 def stopping(step: int, number: int):
-    """A stand-in for Log.step that sends this process a signal during a step."""
+    """A stand-in for Training.advance that sends this process a signal during a step."""
 
-    def log_step(self, at: int, *rest, original=trainer.Log.step) -> None:
-        if at == step:
+    def advance(self, original=trainer.Training.advance) -> None:
+        if self.step == step - 1:
             os.kill(os.getpid(), number)
-        original(self, at, *rest)
+        original(self)
 
-    return log_step
+    return advance
 
 
 # ------------------------------------------------------------------------------------ nothing lost
@@ -81,7 +81,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert here("--data", text, *TINY, *options, "--out", "whole").returncode == 0
     monkeypatch.setattr(sys, "argv", [str(TRAIN)])
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Log, "step", stopping(37, number))
+        patch.setattr(trainer.Training, "advance", stopping(37, number))
         stopped = here("--data", text, *TINY, *options, "--out", "cut short")
     assert stopped.returncode == 128 + number
     again = f"python {TRAIN} --resume 'cut short'"
@@ -154,12 +154,13 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(text: Path, here):
         good[:-1]: "it is truncated",
         b"": "it is truncated",
         b"Moby Dick": "something else",
-        Path("evil").read_bytes(): "more than data .nothing of it was run",
-        pickle.dumps(Malicious()): "more than data .nothing of it was run",
-        damaged(optimizer=None, step=None): "lacks something: optimizer, step$",
+        Path("evil").read_bytes(): "more than data .no code of it was run",
+        pickle.dumps(Malicious()): "more than data .no code of it was run",
+        damaged(settings=None): "is no checkpoint of train.py",
+        damaged(optimizer=None): "does not fit this run: 'optimizer'",
         damaged(model=other): "does not fit this run: ",
         damaged(ranks=[]): "does not fit this run: ",
-        damaged(world_size=3): "the run is of 3 processes, not 1: torchrun --nproc-per-node 3 ",
+        damaged(settings=state["settings"] | {"processes": 3}): "has processes 3, not 1$",
     }
     before = sorted(Path("run").iterdir())
     for content, message in bad.items():
@@ -173,11 +174,11 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(text: Path, here):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--lr 0.1", "--lr 0.1: the run in run has 0.003; leave it out"),
-        ("--steps 1200", "--steps 1200: the run in run has 4; leave it out"),  # the default, given
-        ("--bptt", "--bptt True: the run in run has False"),
-        ("--d-model 32", "--d-model 32: the run in run has 16"),
-        ("--dtype float64", "--dtype float64: the run in run has float32"),
+        ("--lr 0.1", "the run in run has lr 0.003, not 0.1"),
+        ("--steps 1200", "the run in run has steps 4, not 1200"),  # the default, given
+        ("--bptt", "the run in run has bptt False, not True"),
+        ("--d-model 32", "the run in run has d_model 16, not 32"),
+        ("--dtype float64", "the run in run has dtype float32, not float64"),
         ("--data other", "--data other is another text"),
         ("--eval-only --eval-mem-len 0", "mem_len must be at least"),
     ],
@@ -229,7 +230,7 @@ def test_a_full_disk_is_one_line_and_the_good_checkpoint_stands(
     full = False
     assert here("--data", text, *TINY, "--steps", 8, "--out", "whole").returncode == 0
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Log, "step", stopping(4, signal.SIGINT))
+        patch.setattr(trainer.Training, "advance", stopping(4, signal.SIGINT))
         assert here("--data", text, *TINY, "--steps", 8, "--out", "run").returncode == 130
     monkeypatch.setattr(trainer, "open", open_full, raising=False)
     before, full = Path("run/checkpoint.pt").read_bytes(), True
@@ -249,12 +250,12 @@ def test_a_limit_of_the_system_on_files_is_one_line_too(text: Path, tmp_path: Pa
     )
     done = subprocess.run(["sh", "-c", limit], cwd=tmp_path, capture_output=True, text=True)
     refused(done, "run/checkpoint.pt could not be written: File too large")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
 def test_two_processes_cannot_write_one_folder(text: Path, here):
     assert here("--data", text, *TINY, "--steps", 4, "--out", "run").returncode == 0
-    with trainer.lock(Path("run")):
+    with trainer.open_metrics(Path("run/metrics.jsonl"), 4):
         refused(here("--resume", "run"), "run is in use by another process")
         assert here("--resume", "run", "--eval-only").returncode == 0
     assert here("--resume", "run").returncode == 0
@@ -295,7 +296,7 @@ def test_parameters_that_are_not_finite_are_not_saved(text: Path, here, monkeypa
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     stopped = here("--data", text, *TINY, "--steps", 40, "--save-every", 1, "--out", "run")
     assert stopped.returncode == 1
-    assert "a parameter or memory after step 1 is not finite; the last good" in stopped.stderr
+    assert "the state after step 1 is not finite; the last good" in stopped.stderr
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 0
 
 
@@ -343,7 +344,7 @@ def test_processes_train_as_one(text: Path, here, processes: int):
     for a, b in zip(one[1], many[1], strict=True):
         for name in ("bpc", "compression_loss", "lr"):
             assert abs(a[name] - b[name]) < 1e-6
-    refused(here("--resume", "many"), f"the run is of {processes} processes, not 1: torchrun")
+    refused(here("--resume", "many"), f"has processes {processes}, not 1")
     assert here("--resume", "many", "--eval-only").stdout == done.stdout.split()[0] + "\n"
 
 
@@ -351,12 +352,12 @@ PATCHED = """import os, sys
 sys.path.insert(0, {folder!r})
 import train
 
-def step(self, at, *rest, original=train.Log.step):
-    if at == {step} and train.RANK == 1:
+def advance(self, original=train.Training.advance):
+    if self.step == {step} - 1 and train.RANK == 1:
         os.kill(os.getpid(), {number})
-    original(self, at, *rest)
+    original(self)
 
-train.Log.step = step
+train.Training.advance = advance
 train.main()
 """
 
@@ -586,11 +587,11 @@ def test_compilation_ends_once_memory_is_full(text: Path, here, monkeypatch):
     torch._dynamo.reset()
     counts = {}
 
-    def log_step(self, at: int, *rest, original=trainer.Log.step) -> None:
-        counts[at] = counter.frame_count
-        original(self, at, *rest)
+    def advance(self, original=trainer.Training.advance) -> None:
+        original(self)
+        counts[self.step] = counter.frame_count
 
-    monkeypatch.setattr(trainer.Log, "step", log_step)
+    monkeypatch.setattr(trainer.Training, "advance", advance)
     lengths = "--n-layers 1 --segment 4 --mem-len 80 --c-mem-len 40 --unroll 2 --steps 200".split()
     options = ["--data", text, *TINY, *lengths]
     assert here(*options, "--compile", "--out", "compiled").returncode == 0
@@ -605,12 +606,12 @@ def test_a_step_on_cuda_waits_for_nothing(text: Path, here, monkeypatch):
         torch.cuda.set_sync_debug_mode("error")
         return original(self, *args)
 
-    def look(self, step: int, original=trainer.Log.look) -> None:
+    def look(self, original=trainer.Training.look) -> torch.Tensor:
         torch.cuda.set_sync_debug_mode("default")
-        original(self, step)
+        return original(self)
 
     monkeypatch.setattr(trainer.Step, "forward", backward)
-    monkeypatch.setattr(trainer.Log, "look", look)
+    monkeypatch.setattr(trainer.Training, "look", look)
     options = ["--steps", 400, "--save-every", 1000, "--device", "cuda", "--dtype", "bfloat16"]
     done = here("--data", text, *TINY, *options, "--out", "run")
     torch.cuda.set_sync_debug_mode("default")
