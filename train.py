@@ -25,8 +25,8 @@ import sysconfig
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from functools import lru_cache, partial
 from io import BytesIO
@@ -103,6 +103,14 @@ def need(ok: object, message: str) -> None:
 # ------------------------------------------------------------------------------------------- text
 
 
+def memory_map(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):  # rows are far apart: reading ahead is a start of seconds
+        view.madvise(mmap.MADV_RANDOM)
+    return view
+
+
 class Text:
     """Files as one text, read through memory maps: they may be far larger than memory."""
 
@@ -110,15 +118,8 @@ class Text:
         self.paths = [path for path in paths if path.stat().st_size]  # an empty file has no map
         self.ends = list(accumulate(path.stat().st_size for path in self.paths))
         self.length = self.ends[-1] if self.ends else 0
-        self.map = lru_cache(maxsize=128)(self.map)  # a process may keep only so many files open
-
-    @staticmethod
-    def map(path: Path) -> mmap.mmap:
-        with open(path, "rb") as file:
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_RANDOM"):  # rows are far apart: reading ahead is a start of seconds
-            view.madvise(mmap.MADV_RANDOM)
-        return view
+        self.map = lru_cache(128)(memory_map)  # a process may keep only so many files open
+        self.split = self.length - min(self.length // 10, HELD_OUT)  # where held-out text begins
 
     def read(self, start: int, end: int) -> bytes:
         parts, i = [], bisect_right(self.ends, start)
@@ -239,6 +240,15 @@ def load(path: Path) -> dict:
     raise Stop(f"{path} is no checkpoint of train.py: {why}")
 
 
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Refuses a checkpoint whose parts are not those of its settings."""
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Stop(f"{path} does not fit this run: {str(error).splitlines()[0]}") from None
+
+
 def open_metrics(path: Path, step: int) -> IO[bytes]:
     """metrics.jsonl, cut after a step and any line that was never finished. While it is open, which
     a killed process's is not, no other process can open it like this."""
@@ -255,15 +265,6 @@ def open_metrics(path: Path, step: int) -> IO[bytes]:
     kept = [x for x in lines if x.endswith(b"}\n") and json.loads(x)["step"] <= step]
     file.truncate(sum(map(len, kept)))
     return file
-
-
-def add_line(file: IO[bytes], record: dict) -> None:
-    """Add a record to metrics.jsonl, whole or not at all."""
-    line = json.dumps(record, allow_nan=False).encode() + b"\n"
-    written = file.write(line)
-    if written < len(line):  # all that the disk could take
-        file.truncate(file.tell() - written)
-        raise Stop(f"{file.name} could not be written: the disk is full")
 
 
 # --------------------------------------------------------------------------------------- training
@@ -299,45 +300,48 @@ class Step(nn.Module):
         return total, losses, memory.detach()
 
 
+def share_of_peak(steps: int, step: int) -> float:
+    """The learning rate's: up in a line, then down by a cosine to zero."""
+    warmup = min(100, steps // 10)
+    up, down = (step + 1) / (warmup + 1), (step - warmup) / (steps - warmup)
+    return min(up, 0.5 + 0.5 * math.cos(math.pi * down))
+
+
 class Training:
     """What a checkpoint holds, and the step that changes it."""
 
-    def __init__(self, args: argparse.Namespace, text: Text, split: int) -> None:
+    def __init__(self, args: argparse.Namespace, text: Text) -> None:
         self.args, self.text = args, text
         torch.manual_seed(args.seed)
         self.model = CompressiveTransformer(args.config).to(args.device, args.parameters)
         language_model, compression = self.model.parameter_groups()
         matrices = {"params": [p for p in language_model if p.dim() >= 2], "weight_decay": 0.1}
         rest = {"params": [p for p in language_model if p.dim() < 2] + compression}
-        how = {"lr": args.lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-        self.optimizer = torch.optim.AdamW([matrices, rest], **how)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.share_of_peak)
+        how = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+        self.optimizer = torch.optim.AdamW([matrices, rest], lr=args.lr, **how)
+        share = partial(share_of_peak, args.steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)
         if args.compile:
             torch._dynamo.config.recompile_limit = 32  # a few are needed until memory is full
             self.model.compile()
         self.forward = Step(self.model, args)
         if LAUNCHED:  # without find_unused_parameters, buckets and rounding change after a step
-            how = {"find_unused_parameters": True}
-            self.forward = nn.parallel.DistributedDataParallel(self.forward, **how)
-        share = args.batch_size // WORLD_SIZE
-        self.length = (split - 1) // args.batch_size  # of a row, less the next one's first byte
-        self.starts = [row * self.length for row in range(RANK * share, (RANK + 1) * share)]
-        empty = self.model.initial_memory(share // args.accumulate)
+            parallel = nn.parallel.DistributedDataParallel
+            self.forward = parallel(self.forward, find_unused_parameters=True)
+        count = args.batch_size // WORLD_SIZE
+        self.length = (text.split - 1) // args.batch_size  # of a row; the next byte is shared
+        self.starts = [row * self.length for row in range(RANK * count, (RANK + 1) * count)]
+        empty = self.model.initial_memory(count // args.accumulate)
         self.no_memories = self.memories = [empty] * args.accumulate
         self.losses = self.model.logits.weight.new_zeros(0, 1 + args.n_layers)  # not yet recorded
         self.step = self.at = self.saved = 0  # at: how many bytes of a row have been read
         self.began, self.recorded = time.perf_counter(), (0, 0.0)
-
-    def share_of_peak(self, step: int) -> float:
-        """The learning rate's: up in a line, then down by a cosine to zero."""
-        warmup, steps = min(100, self.args.steps // 10), self.args.steps
-        up, down = (step + 1) / (warmup + 1), (step - warmup) / (steps - warmup)
-        return min(up, 0.5 + 0.5 * math.cos(math.pi * down))
+        self.metrics: IO[bytes] | None = None  # the first process's
 
     def advance(self) -> None:
         """An optimiser step, in which the host waits for no device."""
         args, parts, losses = self.args, self.args.accumulate, 0
-        torch.manual_seed(hash((args.seed, self.step, RANK)))  # nothing else need be kept of chance
+        torch.manual_seed(hash((args.seed, self.step, RANK)))  # all that chance depends on
         begin = self.at % self.length
         end = min(begin + args.unroll * args.segment, self.length)
         rows = [self.text.read(start + begin, start + end + 1) for start in self.starts]
@@ -374,14 +378,19 @@ class Training:
         return losses
 
     def record(self) -> dict:
-        """What metrics.jsonl tells about the steps since the last record."""
+        """Tell metrics.jsonl of the steps since the last record, in a whole line or not at all."""
         nats, *layers = self.look().mean(dim=0).tolist()
         seconds, (old_at, old_seconds) = time.perf_counter() - self.began, self.recorded
         self.losses, self.recorded = self.losses[:0], (self.at, seconds)
         speed = self.args.batch_size * (self.at - old_at) / (seconds - old_seconds)
         record = {"step": self.step, "bpc": nats * BITS, "compression_loss": fmean(layers)}
         record |= {"compression_loss_of_layers": layers, "lr": self.lr}
-        return record | {"seconds": seconds, "tokens_per_second": speed}
+        record |= {"seconds": seconds, "tokens_per_second": speed}
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        if self.metrics and (written := self.metrics.write(line)) < len(line):
+            self.metrics.truncate(self.metrics.tell() - written)
+            raise Stop(f"{self.metrics.name} could not be written: the disk is full")
+        return record
 
     def save(self) -> None:
         self.look()
@@ -391,35 +400,59 @@ class Training:
         for i, x in enumerate(own if LAUNCHED else ()):  # one by one: for objects torch needs NumPy
             dist.gather(x, None if RANK else [of[i] for of in ranks])
         if RANK == 0:
-            state = {name: getattr(self, name).state_dict() for name in PARTS}
-            state |= {"step": self.step, "at": self.at, "ranks": ranks if LAUNCHED else [own]}
-            state |= {"seconds": time.perf_counter() - self.began, "text": self.text.fingerprint()}
-            state |= {"config": asdict(self.args.config), "settings": self.args.settings}
+            state = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "step": self.step,
+                "at": self.at,
+                "seconds": time.perf_counter() - self.began,
+                "ranks": ranks if LAUNCHED else [own],
+                "text": self.text.fingerprint(),
+                "config": asdict(self.args.config),
+                "settings": self.args.settings,
+            }
             torch.save(state, buffer := BytesIO())
             write_whole(self.args.path, buffer.getbuffer())
+            settings = json.dumps(self.args.settings, indent=2).encode()
+            write_whole(self.args.path.with_name("settings.json"), settings)
         self.saved = self.step
 
     def restore(self, state: dict) -> None:
-        try:
-            for name in PARTS:
-                getattr(self, name).load_state_dict(state[name])
-            self.step, self.at, self.saved = state["step"], state["at"], state["step"]
-            self.began -= state["seconds"]
-            self.recorded = self.at, state["seconds"]
-            self.losses, *slots = (x.to(self.args.device) for x in state["ranks"][RANK])
-            slots = [tuple(layers) for layers in slots]
-            self.memories = [Memory(*pair) for pair in zip(slots[::2], slots[1::2], strict=True)]
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            why = str(error).splitlines()[0]
-            raise Stop(f"{self.args.path} does not fit this run: {why}") from None
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.at, self.saved = state["step"], state["at"], state["step"]
+        self.began -= state["seconds"]
+        self.recorded = self.at, state["seconds"]
+        self.losses, *slots = (x.to(self.args.device) for x in state["ranks"][RANK])
+        slots = [tuple(layers) for layers in slots]
+        self.memories = [Memory(*pair) for pair in zip(slots[::2], slots[1::2], strict=True)]
 
 
-PARTS = "model", "optimizer", "schedule"
+def begin(args: argparse.Namespace, text: Text, state: dict) -> Training:
+    """A new run, saved before its first step so that it can always go on, or a saved one."""
+    out = args.path.parent
+    files = [x for x in out.glob("[!.]*") if x.stat().st_size]
+    mend = "name a new folder, so that no run is lost"
+    need(state or not files, f"--out {out} is not empty: {mend}")
+    if LAUNCHED:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+    training = Training(args, text)
+    if state:
+        with fitting(args.path):
+            training.restore(state)
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        training.metrics = open_metrics(out / "metrics.jsonl", training.step)
+    if not state:
+        training.save()
+    return training
 
 
-def train(training: Training, show: Callable, signals: Signals, metrics: IO[bytes] | None) -> None:
+def train(training: Training, show: Callable, signals: Signals) -> None:
     """Train to the last step, or until a signal comes."""
-    args, steps, live = training.args, training.args.steps, sys.stdout.isatty()
+    steps, live = training.args.steps, sys.stdout.isatty()
     every = max(1, min(steps // 40, 50))  # nothing of the terminal: metrics depend on it
     signals.training = True
     try:
@@ -428,8 +461,6 @@ def train(training: Training, show: Callable, signals: Signals, metrics: IO[byte
             step = training.step
             if step % every == 0 or step == steps:
                 record = training.record()
-                if metrics:
-                    add_line(metrics, record)
                 left = record["seconds"] / step * (steps - step)
                 line = (
                     f"step {step:>{len(str(steps))}}/{steps}  bpc {record['bpc']:.3f}  "
@@ -439,7 +470,7 @@ def train(training: Training, show: Callable, signals: Signals, metrics: IO[byte
                 width = shutil.get_terminal_size().columns - 1
                 show(f"\r{line[:width]}\x1b[K" if live else f"{line}\n")
             number = agreed(signals.number)
-            if number or step % args.save_every == 0 or step == steps:
+            if number or step % training.args.save_every == 0 or step == steps:
                 training.save()
             if number:
                 raise Stop(f"stopped after step {step}", 128 + number)
@@ -453,14 +484,15 @@ def train(training: Training, show: Callable, signals: Signals, metrics: IO[byte
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, text: Text, start: int, args: argparse.Namespace) -> tuple:
-    """Bits per character of the text from `start` on, one stream of which every byte is scored once
+def evaluate(model: nn.Module, text: Text, args: argparse.Namespace) -> tuple:
+    """Bits per character of the held-out text, one stream of which every byte is scored once
     while memory streams over it; and the mean attention weight of a slot by age: six buckets each
     of compressed memory, memory and segment, over the second half of the segments."""
-    weight, segment = model.logits.weight, args.eval_segment or args.segment
+    weight, segment, start = model.logits.weight, args.eval_segment or args.segment, text.split
     weights, nats, ages = [], [], []
     note = lambda layer, inputs, out: weights.append(out[1].mean(dim=(0, 1, 2)))  # noqa: E731
-    hooks = [layer.attention.register_forward_hook(note) for layer in model.layers]
+    for layer in model.layers:
+        layer.attention.register_forward_hook(note)
     documents = [end for end in text.ends if args.eval_reset and start < end < text.length]
     for begin, end in pairwise([start, *documents, text.length]):
         memory = model.initial_memory(1)
@@ -473,8 +505,6 @@ def evaluate(model: nn.Module, text: Text, start: int, args: argparse.Namespace)
             nats.append(F.cross_entropy(logits.to(weight.dtype).mT, targets, reduction="sum"))
             parts = torch.stack(weights).float().mean(dim=0).split(lengths)
             ages.append(torch.stack([x.mean() for part in parts for x in part.tensor_split(6)]))
-    for hook in hooks:
-        hook.remove()
     bpc = torch.stack(nats).cpu().double().sum().item() * BITS / (text.length - start)
     return bpc, torch.stack(ages[len(ages) // 2 :]).nanmean(dim=0).view(3, 6).tolist()
 
@@ -484,17 +514,26 @@ def harmless(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def sample(model: nn.Module, prompt: bytes, args: argparse.Namespace, show: Callable) -> None:
-    """Show the continuation of the prompt as it comes."""
+def sample(model: nn.Module, text: Text, args: argparse.Namespace, show: Callable) -> str:
+    """Show the prompt and, as it comes, its continuation; returns all that was shown."""
     device, utf8 = model.logits.weight.device, codecs.getincrementaldecoder("utf-8")("replace")
+    prompt = os.fsencode(args.prompt) or text.read(text.split, text.split + args.segment)
+    opening, shown = harmless(prompt.decode(errors="replace")), []
+
+    def tell(part: str) -> None:
+        shown.append(part)
+        show(part)
+
+    tell(opening if args.only else f"--- prompt (held-out text)\n{opening}\n--- continuation\n")
     model.generate(
         to_tokens([prompt], device),
         args.sample_bytes,
         temperature=0.8,
         generator=torch.Generator(device).manual_seed(args.seed),
-        stream=lambda token: show(harmless(utf8.decode(bytes(token[0].tolist())))),
+        stream=lambda token: tell(harmless(utf8.decode(bytes(token[0].tolist())))),
     )
-    show(utf8.decode(b"", final=True))
+    tell(utf8.decode(b"", final=True))
+    return "".join(shown)
 
 
 def draw(folder: Path, ages: Sequence[Sequence[float]], title: str) -> str:
@@ -591,28 +630,12 @@ def run(args: argparse.Namespace, state: dict, signals: Signals) -> str:
     enough = text.length >= 20 * rows  # every row has a byte to predict, then
     mend = f"{rows} rows need {20 * rows}: name a longer text or a smaller --batch-size"
     need(enough, f"--data {args.data} has {text.length} bytes, {mend}")
-    split = text.length - min(text.length // 10, HELD_OUT)
     known = not state or state["text"] == text.fingerprint()
     need(known, f"--data {args.data} is another text than the one that {out} was trained on")
     quiet = RANK or args.quiet and not args.sample
     show = str if quiet else partial(print, end="", flush=True)
     if not args.only:
-        if LAUNCHED:
-            cuda = args.device.type == "cuda"
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        training, metrics = Training(args, text, split), None
-        if RANK == 0:
-            files = [x for x in out.glob("[!.]*") if x.stat().st_size]
-            mend = "name a new folder, so that no run is lost"
-            need(state or not files, f"--out {out} is not empty: {mend}")
-            out.mkdir(parents=True, exist_ok=True)
-            metrics = open_metrics(out / "metrics.jsonl", state.get("step", 0))
-        if state:
-            training.restore(state)
-        else:
-            training.save()  # first of all, so that whatever happens the run can go on
-        if RANK == 0:
-            write_whole(out / "settings.json", json.dumps(args.settings, indent=2).encode())
+        training = begin(args, text, state)
         command = f"torchrun --nproc-per-node {WORLD_SIZE}" if LAUNCHED else "python"
         signals.again = f"{command} {shlex.join([sys.argv[0], '--resume', str(out)])}"
         show(
@@ -621,31 +644,23 @@ def run(args: argparse.Namespace, state: dict, signals: Signals) -> str:
             f"{args.device.type}, {args.dtype}; {f'{WORLD_SIZE} processes; ' * LAUNCHED}"
             f"{f'after step {training.step}; ' * bool(state)}results in {out}\n"
         )
-        train(training, show, signals, metrics)
+        train(training, show, signals)
         state = {"model": training.model.state_dict()}
     if RANK:
         return ""
 
     model = CompressiveTransformer(args.at_rest).to(args.device, args.parameters).eval()
-    model.load_state_dict(state["model"])
-    prompt = os.fsencode(args.prompt) or text.read(split, split + args.segment)
-    opening, written = harmless(prompt.decode(errors="replace")), []
-    if not args.only:
-        opening = f"--- prompt (held-out text)\n{opening}\n--- continuation\n"
-
-    def tell(part: str) -> None:
-        written.append(part)
-        show(part)
-
+    with fitting(args.path):
+        model.load_state_dict(state["model"])
+    written = ""
     with args.autocast:
-        if not args.sample:
-            val_bpc, ages = evaluate(model, text, split, args)
         if not args.eval_only:
-            tell(opening)
-            sample(model, prompt, args, tell)
+            written = sample(model, text, args, show)
+        if not args.sample:
+            val_bpc, ages = evaluate(model, text, args)
     if args.only:
         return f"val_bpc={val_bpc:.4f}\n" if args.eval_only else "\n"
-    write_whole(out / "sample.txt", "".join(written).encode())
+    write_whole(out / "sample.txt", written.encode())
     show(f"\n---\n{draw(out, ages, f'{args.data}: {val_bpc:.3f} bits per held-out character')}\n")
     speed, seconds = training.at * rows / training.recorded[1], time.perf_counter() - start
     return f"val_bpc={val_bpc:.4f} tokens_per_second={speed:.0f} seconds={seconds:.1f}\n"
