@@ -310,6 +310,8 @@ def share_of_peak(steps: int, step: int) -> float:
 class Training:
     """What a checkpoint holds, and the step that changes it."""
 
+    PARTS = "model", "optimizer", "schedule"
+
     def __init__(self, args: argparse.Namespace, text: Text) -> None:
         self.args, self.text = args, text
         torch.manual_seed(args.seed)
@@ -400,18 +402,10 @@ class Training:
         for i, x in enumerate(own if LAUNCHED else ()):  # one by one: for objects torch needs NumPy
             dist.gather(x, None if RANK else [of[i] for of in ranks])
         if RANK == 0:
-            state = {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "step": self.step,
-                "at": self.at,
-                "seconds": time.perf_counter() - self.began,
-                "ranks": ranks if LAUNCHED else [own],
-                "text": self.text.fingerprint(),
-                "config": asdict(self.args.config),
-                "settings": self.args.settings,
-            }
+            state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+            state |= {"step": self.step, "at": self.at, "ranks": ranks if LAUNCHED else [own]}
+            state |= {"seconds": time.perf_counter() - self.began, "text": self.text.fingerprint()}
+            state |= {"config": asdict(self.args.config), "settings": self.args.settings}
             torch.save(state, buffer := BytesIO())
             write_whole(self.args.path, buffer.getbuffer())
             settings = json.dumps(self.args.settings, indent=2).encode()
@@ -419,9 +413,8 @@ class Training:
         self.saved = self.step
 
     def restore(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
         self.step, self.at, self.saved = state["step"], state["at"], state["step"]
         self.began -= state["seconds"]
         self.recorded = self.at, state["seconds"]

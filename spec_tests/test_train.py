@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -96,6 +97,7 @@ def test_a_run_shows_progress_and_leaves_metrics_and_a_checkpoint(text: Path, tm
     assert all(record["compression_loss"] > 0 for record in records)
 
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert all(group["fused"] for group in state["optimizer"]["param_groups"])
     model = api.CompressiveTransformer(api.Config(**state["config"]))
     model.load_state_dict(state["model"])
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
@@ -172,8 +174,11 @@ def test_a_terminal_shows_one_live_line(text: Path, tmp_path: Path):
     """Under a pseudo-terminal, as the script command of a user would give it."""
     pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
     leader, follower = pty.openpty()
+    size = struct.pack("HHHH", 24, 50, 0, 0)  # fewer columns than a line needs
+    pytest.importorskip("fcntl").ioctl(follower, pytest.importorskip("termios").TIOCSWINSZ, size)
     command = [sys.executable, str(TRAIN), "--data", text, *TINY, "--steps", "40"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=follower, stderr=follower)
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=follower, stderr=follower, env=env)
     os.close(follower)
     shown = b""
     while True:
@@ -189,7 +194,9 @@ def test_a_terminal_shows_one_live_line(text: Path, tmp_path: Path):
     lines = shown.decode().split("\r\n")
     live = [line for line in lines if "step 40/40" in line]
     assert len(live) == 1
-    assert live[0].count("\r") == live[0].count("\x1b[K") == 40
+    _, *shown = live[0].replace("\x1b[K", "").split("\r")
+    assert len(shown) == live[0].count("\x1b[K") == 40
+    assert max(map(len, shown)) == 49  # one more would begin another line
 
 
 @pytest.mark.parametrize(

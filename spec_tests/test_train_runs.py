@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -162,12 +163,17 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(text: Path, here):
         damaged(ranks=[]): "does not fit this run: ",
         damaged(settings=state["settings"] | {"processes": 3}): "has processes 3, not 1$",
     }
-    before = sorted(Path("run").iterdir())
+    Path("run/metrics.jsonl").open("a").write('{"step": 9}\n')  # of a run that had gone further
+    before = {x: x.read_bytes() for x in Path("run").iterdir() if x != path}
     for content, message in bad.items():
         path.write_bytes(content)
         refused(here("--resume", "run"), message)
         assert path.read_bytes() == content
-    assert sorted(Path("run").iterdir()) == before
+    for content in (good[:-1], damaged(model=other)):
+        path.write_bytes(content)
+        for only in ("--eval-only", "--sample"):
+            refused(here("--resume", "run", only), "is no checkpoint|does not fit this run: ")
+    assert {x: x.read_bytes() for x in Path("run").iterdir() if x != path} == before
     assert not Path("harmed").exists()
 
 
@@ -251,6 +257,50 @@ def test_a_limit_of_the_system_on_files_is_one_line_too(text: Path, tmp_path: Pa
     done = subprocess.run(["sh", "-c", limit], cwd=tmp_path, capture_output=True, text=True)
     refused(done, "run/checkpoint.pt could not be written: File too large")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_of_metrics_that_the_disk_has_no_room_for_is_not_begun(
+    text: Path, tmp_path: Path, here, monkeypatch
+):
+    """The disk is a limit on the size of files, which the log reaches in the middle of a line."""
+    resource = pytest.importorskip("resource", reason="no limits on this system")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Training, "advance", stopping(4, signal.SIGINT))
+        assert here("--data", text, *TINY, "--steps", 8, "--out", "run").returncode == 130
+    metrics, room = Path("run/metrics.jsonl"), 2**20
+    records = metrics.read_bytes()
+    padding = b'{"step": 0, "long": "%s"}\n' % (b"-" * (room - len(records) - 100))
+    metrics.write_bytes(padding + records)
+    command = [sys.executable, str(TRAIN), "--resume", "run", "--quiet"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))  # noqa: E731
+    how = {"cwd": tmp_path, "capture_output": True, "text": True, "preexec_fn": limit}
+    refused(subprocess.run(command, **how), "run/metrics.jsonl could not be written: the disk")
+    assert metrics.read_bytes() == padding + records
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 4
+    metrics.write_bytes(records)
+    assert here("--resume", "run").returncode == 0
+    assert [json.loads(line)["step"] for line in metrics.open()] == [*range(1, 9)]
+
+
+def test_every_step_and_every_process_draws_anew(text: Path, here, monkeypatch):
+    """What is drawn depends on the seed, the step and the process alone: nothing of it is saved."""
+    seeds: list[int] = []
+
+    def forward(self, *args: object, original=trainer.Step.forward):
+        seeds.append(torch.initial_seed())
+        return original(self, *args)
+
+    def advance(self, original=trainer.Training.advance) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "RANK", rank)
+            original(self)
+
+    monkeypatch.setattr(trainer.Step, "forward", forward)
+    monkeypatch.setattr(trainer.Training, "advance", advance)
+    for seed, rank in ((0, 0), (1, 0), (0, 1)):
+        options = ["--steps", 4, "--seed", seed, "--out", f"run{seed}{rank}"]
+        assert here("--data", text, *TINY, *options).returncode == 0
+    assert len(set(seeds)) == len(seeds) == 12
 
 
 def test_two_processes_cannot_write_one_folder(text: Path, here):
@@ -372,12 +422,20 @@ def test_one_process_killed_or_stopped_ends_all_and_they_go_on_exactly(text: Pat
         script.write_text(PATCHED.format(folder=folder, step=step, number=int(number)))
         return torchrun(2, *options, cwd=tmp_path, script=script)
 
+    start = time.monotonic()
     whole = torchrun(2, *options, "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
+    length = time.monotonic() - start
+    twice = torchrun(2, *options, "--out", "whole", cwd=tmp_path)
+    assert twice.returncode != 0
+    ours = [line for line in twice.stderr.splitlines() if line.startswith("train.py: ")]
+    assert ours == ["train.py: --out whole is not empty: name a new folder, so that no run is lost"]
     assert "; 2 processes; results in whole" in whole.stdout.splitlines()[0]
 
+    start = time.monotonic()
     killed = broken(7, signal.SIGKILL, *options, "--out", "run")
     assert killed.returncode != 0
+    assert time.monotonic() - start < length + 10  # no process waits for the one that is gone
     assert "train.py: process 0 has lost another one: " in killed.stderr
     again = f"to go on: torchrun --nproc-per-node 2 {script} --resume run\n"
     assert again in killed.stderr
@@ -565,6 +623,24 @@ def test_a_file_larger_than_memory_is_not_loaded(tmp_path: Path):
     text.read = count
     assert text.fingerprint() == text.fingerprint()
     assert 0 < read < 2**20  # whatever the size of the file
+
+
+def test_a_run_on_ten_gigabytes_starts_within_a_second(tmp_path: Path, here, monkeypatch):
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(10 * 2**30)
+    resource = pytest.importorskip("resource", reason="memory cannot be measured on this system")
+    begun: list[float] = []
+
+    def advance(self, original=trainer.Training.advance) -> None:
+        original(self)
+        begun.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer.Training, "advance", advance)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    assert here("--data", "large", *TINY, "--out", "run").returncode == 130
+    assert begun[0] - start < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB, or bytes
 
 
 def test_more_files_than_a_process_may_open_are_one_text(tmp_path: Path):
