@@ -18,21 +18,22 @@ import math
 import mmap
 import os
 import shlex
+import shutil
 import signal
 import sys
 import sysconfig
 import time
-import urllib.request
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from functools import lru_cache, partial
+from io import BytesIO
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import IO, NoReturn
+from typing import IO
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, which needs it not
 
@@ -47,9 +48,42 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 HELD_OUT = 2**16  # bytes held out of a text at the most
 BITS = 1 / math.log(2)  # a nat in bits; the text is bytes, so that bits per byte are per character
-LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, as process RANK of WORLD_SIZE
+LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, as process RANK of WORLD_SIZE
 ENV = os.environ if LAUNCHED else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 RANK, LOCAL_RANK, WORLD_SIZE = (int(ENV[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+DTYPES = "auto", "float32", "bfloat16", "float64"
+
+COMMAND = {  # what to do: defaults, and what they are
+    "out": ("", "the run's folder; by default runs/ and the time"),
+    "resume": ("", "go on with the run in this folder, with its settings"),
+    "eval_only": (False, "only evaluate the run"),
+    "sample": (False, "only generate from the run"),
+    "prompt": ("", "text for --sample to continue; by default held-out text"),
+    "quiet": (False, "print the last line alone"),
+}
+FREE = {  # settings that may change when a run is resumed
+    "data": ("stdlib", "stdlib, tinyshakespeare (fetched once), or a file or folder of text"),
+    "device": ("auto", "auto (an accelerator or the CPU) or a torch device"),
+    "compile": (False, "let torch.compile make it faster"),
+    "save_every": (500, "steps from checkpoint to checkpoint"),
+    "sample_bytes": (500, "length of a sample"),
+    "eval_mem_len": (-1, "mem_len in evaluation; -1: as trained"),
+    "eval_c_mem_len": (-1, "c_mem_len in evaluation; -1: as trained"),
+    "eval_segment": (0, "segment in evaluation; 0: as trained"),
+    "eval_reset": (False, "in evaluation, drop the memory where a file begins"),
+}
+FIXED = {  # settings that may not
+    "dtype": ("auto", f"of matrix products, or float64 of all: {', '.join(DTYPES)}"),
+    "seed": (0, "of the weights, dropout and the sample"),
+    "steps": (1200, "optimiser steps"),
+    "batch_size": (32, "rows, each a stream of its own"),
+    "accumulate": (1, "parts in which a step takes the rows"),
+    "segment": (64, "tokens of a row in a segment"),
+    "unroll": (1, "segments in an optimiser step"),
+    "lr": (3e-3, "peak learning rate of AdamW"),
+}
+MODEL = {x.name: (x.default, x.metadata["help"]) for x in fields(Config) if x.name != "vocab_size"}
+SETTINGS = FREE | FIXED | MODEL
 
 
 class Stop(BaseException):
@@ -61,7 +95,20 @@ class Stop(BaseException):
         self.status = status
 
 
+def need(ok: object, message: str) -> None:
+    if not ok:
+        raise Stop(message)
+
+
 # ------------------------------------------------------------------------------------------- text
+
+
+def memory_map(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):  # rows are far apart: reading ahead is a start of seconds
+        view.madvise(mmap.MADV_RANDOM)
+    return view
 
 
 class Text:
@@ -71,15 +118,8 @@ class Text:
         self.paths = [path for path in paths if path.stat().st_size]  # an empty file has no map
         self.ends = list(accumulate(path.stat().st_size for path in self.paths))
         self.length = self.ends[-1] if self.ends else 0
-        self.map = lru_cache(maxsize=128)(self.map)  # a process may keep only so many files open
-
-    @staticmethod
-    def map(path: Path) -> mmap.mmap:
-        with open(path, "rb") as file:
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_RANDOM"):  # rows are far apart: reading ahead is a start of seconds
-            view.madvise(mmap.MADV_RANDOM)
-        return view
+        self.map = lru_cache(128)(memory_map)  # a process may keep only so many files open
+        self.split = self.length - min(self.length // 10, HELD_OUT)  # where held-out text begins
 
     def read(self, start: int, end: int) -> bytes:
         parts, i = [], bisect_right(self.ends, start)
@@ -98,36 +138,22 @@ class Text:
 
 def find_text(data: str) -> Text:
     """The text that `--data` names."""
-    if data == "stdlib":
-        folder = Path(sysconfig.get_path("stdlib"))
-        paths = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")]
-    elif data == "tinyshakespeare":
-        paths = [fetch_shakespeare()]
-    elif Path(data).exists():
-        paths = sorted(Path(data).rglob("*")) if Path(data).is_dir() else [Path(data)]
-    else:
-        raise Stop(f"--data {data}: no such file or folder, nor 'stdlib' or 'tinyshakespeare'")
-    text = Text([path for path in paths if path.is_file()])
-    if not text.length:
-        raise Stop(f"--data {data} has no text: name a file or folder that has some")
-    return text
-
-
-def fetch_shakespeare() -> Path:
-    """Tiny Shakespeare's path, after fetching it if it is not there yet."""
-    path = Path("data/tinyshakespeare.txt")
-    mend = f"put the file there yourself, or train on --data PATH ({URL})"
-    try:
-        there = path.exists()
-        found = path.read_bytes() if there else urllib.request.urlopen(URL, timeout=30).read()
-    except OSError as error:
-        raise Stop(f"{path} could not be fetched: {error}; {mend}") from None
-    if hashlib.sha256(found).hexdigest() != SHAKESPEARE_SHA256:
-        raise Stop(f"{path} is not Tiny Shakespeare (its sha256 differs): delete it and {mend}")
-    if not there:
+    path = Path("data/tinyshakespeare.txt" if data == "tinyshakespeare" else data)
+    if data == "tinyshakespeare" and not path.exists():
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, lambda file: file.write(found))
-    return path
+        try:
+            torch.hub.download_url_to_file(URL, str(path), SHAKESPEARE_SHA256, progress=False)
+        except (OSError, RuntimeError) as error:  # the latter if it is another text
+            mend = f"put it at {path} yourself, or train on --data PATH"
+            raise Stop(f"{URL} could not be fetched: {error}; {mend}") from None
+    if data == "stdlib":
+        paths = Path(sysconfig.get_path("stdlib")).glob("[!_]*.py")
+    else:
+        paths = path.rglob("*") if path.is_dir() else [path]
+    text = Text(sorted(path for path in paths if path.is_file()))
+    mend = "name a file or folder that has some, or 'stdlib' or 'tinyshakespeare'"
+    need(text.length, f"--data {data} is not there or has no text: {mend}")
+    return text
 
 
 def to_tokens(rows: Sequence[bytes], device: torch.device) -> Tensor:
@@ -142,13 +168,12 @@ def to_tokens(rows: Sequence[bytes], device: torch.device) -> Tensor:
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `--device` names; 'auto' takes CUDA or another accelerator, or the CPU."""
+    """The device that `--device` names; 'auto' takes an accelerator if there is one, or the CPU."""
     if name == "auto":
         name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     try:
-        device = torch.device(name, LOCAL_RANK) if LAUNCHED and name == "cuda" else name
-        device = torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
+        device = torch.zeros(1, device=f"cuda:{LOCAL_RANK}" if name == "cuda" else name).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either
         reason = str(error).splitlines()[0]
         raise Stop(f"--device {name} cannot be used: {reason}; try --device cpu") from None
     if device.type == "cuda":
@@ -156,16 +181,16 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def find_dtype(name: str, device: torch.device) -> torch.dtype:
+def find_dtype(name: str, device: torch.device) -> str:
     """The dtype that `--dtype` names; 'auto' takes bfloat16 where the hardware has it."""
     if name != "auto":
-        return getattr(torch, name)
+        return name
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         fast = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
-    return torch.bfloat16 if fast else torch.float32
+    return "bfloat16" if fast else "float32"
 
 
 def agreed(number: int) -> int:
@@ -189,125 +214,319 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write a file beside its place and move it there: whenever the process or the machine stops,
     the old file or the new one stands there whole."""
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
-            write(file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save can raise the second about the first
-        faults = [x.strerror for x in (error, error.__context__) if isinstance(x, OSError)]
-        if not faults:
-            raise
-        raise Stop(f"{path} could not be written: {faults[0]}; nothing was replaced") from None
+    except OSError as error:
+        raise Stop(f"{path} could not be written: {error.strerror}; nothing was replaced") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-def lock(folder: Path) -> IO[str]:
-    """Keep others from the folder while the file is open, which a killed process's is not."""
-    file = open(folder / ".lock", "w")
+def load(path: Path) -> dict:
+    """A checkpoint. It is data: no code of whatever the file holds is run."""
+    with open(path, "rb") as file, suppress(Exception):  # torch raises many kinds
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if state.keys() >= {"model", "settings", "text"}:
+            return state
+    why = "it is truncated, something else, or more than data (no code of it was run)"
+    raise Stop(f"{path} is no checkpoint of train.py: {why}")
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Refuses a checkpoint whose parts are not those of its settings."""
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Stop(f"{path} does not fit this run: {str(error).splitlines()[0]}") from None
+
+
+def open_metrics(path: Path, step: int) -> IO[bytes]:
+    """metrics.jsonl, cut after a step and any line that was never finished. While it is open, which
+    a killed process's is not, no other process can open it like this."""
+    file = open(path, "a+b", buffering=0)
     with suppress(ImportError):  # on Windows
         import fcntl
 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Stop(f"{folder} is in use by another process") from None
+            raise Stop(f"{path.parent} is in use by another process") from None
+    file.seek(0)
+    lines = file.read().splitlines(keepends=True)
+    kept = [x for x in lines if x.endswith(b"}\n") and json.loads(x)["step"] <= step]
+    file.truncate(sum(map(len, kept)))
     return file
 
 
-def load(path: Path) -> dict:
-    """A checkpoint. It is data: no code of whatever the file holds is run."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = ", ".join(sorted(CHECKPOINT - state.keys()))
-    except FileNotFoundError:
-        raise
-    except Exception:  # torch raises many kinds
-        missing = "it is truncated, something else, or more than data (nothing of it was run)"
-    if missing:
-        raise Stop(f"{path} is no checkpoint of train.py, or lacks something: {missing}")
-    return state
+# --------------------------------------------------------------------------------------- training
 
 
-# ---------------------------------------------------------------------------- metrics and pictures
+class Step(nn.Module):
+    """The forward pass of an optimiser step as one module, however many segments it reads, so that
+    DistributedDataParallel sees the whole of it."""
+
+    def __init__(self, model: CompressiveTransformer, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.model, self.autocast, self.segment = model, args.autocast, args.segment
+        self.of_layers = model.logits.weight.new_zeros(len(model.layers))  # compression losses
+        for i, layer in enumerate(model.layers):
+            layer.register_forward_hook(partial(self.note, i))
+
+    def note(self, i: int, layer: nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
+        self.of_layers[i] += outputs[3].detach()  # in place: torch.compile need not guard a list
+
+    def forward(self, tokens: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Memory]:
+        """Tokens `[B, T + 1]` -> the loss to minimise, losses to report (the language model's, in
+        nats, and each layer's of compression), and the memory."""
+        total = nats = self.of_layers.zero_().sum()
+        segments = [x.split(self.segment, dim=1) for x in (tokens[:, :-1], tokens[:, 1:])]
+        for inputs, targets in zip(*segments, strict=True):
+            with self.autocast:
+                logits, memory, compression_loss = self.model(inputs, memory)
+            logits = logits.flatten(0, 1).to(self.of_layers.dtype)
+            loss = F.cross_entropy(logits, targets.flatten())
+            total = total + (loss + compression_loss) / len(segments[0])
+            nats = nats + loss.detach()
+        losses = torch.cat([nats[None], self.of_layers]) / len(segments[0])
+        return total, losses, memory.detach()
 
 
-class Log:
-    """The losses, in metrics.jsonl and for the reader."""
+def share_of_peak(steps: int, step: int) -> float:
+    """The learning rate's: up in a line, then down by a cosine to zero."""
+    warmup = min(100, steps // 10)
+    up, down = (step + 1) / (warmup + 1), (step - warmup) / (steps - warmup)
+    return min(up, 0.5 + 0.5 * math.cos(math.pi * down))
 
-    def __init__(self, folder: Path, steps: int, show: Callable[[str], object]) -> None:
-        self.path, self.steps, self.show = folder / "metrics.jsonl", steps, show
-        self.every = max(1, min(steps // 40, 50))  # nothing of the terminal: metrics depend on it
-        self.pending: list[Tensor] = []  # losses of the last steps, on the device still
-        self.losses: list[list[float]] = []  # of the others since the last record
-        self.tokens, self.began, self.recorded = 0, time.perf_counter(), (0, 0.0)
-        self.saved = 0  # the step of the last checkpoint
 
-    def state_dict(self) -> dict:
-        seconds = time.perf_counter() - self.began
-        return {"losses": self.losses, "tokens": self.tokens, "seconds": seconds}
+class Training:
+    """What a checkpoint holds, and the step that changes it."""
 
-    def load_state_dict(self, state: dict) -> None:
-        self.losses, self.tokens = state["losses"], state["tokens"]
-        self.began, self.recorded = self.began - state["seconds"], (self.tokens, state["seconds"])
+    PARTS = "model", "optimizer", "schedule"
 
-    def cut(self, step: int) -> None:
-        """Forget what was recorded after a step, a line that was never finished among it."""
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        kept = [x for x in lines if x.endswith(b"}\n") and json.loads(x)["step"] <= step]
-        write_whole(self.path, lambda file: file.writelines(kept))
+    def __init__(self, args: argparse.Namespace, text: Text) -> None:
+        self.args, self.text = args, text
+        torch.manual_seed(args.seed)
+        self.model = CompressiveTransformer(args.config).to(args.device, args.parameters)
+        language_model, compression = self.model.parameter_groups()
+        matrices = {"params": [p for p in language_model if p.dim() >= 2], "weight_decay": 0.1}
+        rest = {"params": [p for p in language_model if p.dim() < 2] + compression}
+        how = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+        self.optimizer = torch.optim.AdamW([matrices, rest], lr=args.lr, **how)
+        share = partial(share_of_peak, args.steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)
+        if args.compile:
+            torch._dynamo.config.recompile_limit = 32  # a few are needed until memory is full
+            self.model.compile()
+        self.forward = Step(self.model, args)
+        if LAUNCHED:  # without find_unused_parameters, buckets and rounding change after a step
+            parallel = nn.parallel.DistributedDataParallel
+            self.forward = parallel(self.forward, find_unused_parameters=True)
+        count = args.batch_size // WORLD_SIZE
+        self.length = (text.split - 1) // args.batch_size  # of a row; the next byte is shared
+        self.starts = [row * self.length for row in range(RANK * count, (RANK + 1) * count)]
+        empty = self.model.initial_memory(count // args.accumulate)
+        self.no_memories = self.memories = [empty] * args.accumulate
+        self.losses = self.model.logits.weight.new_zeros(0, 1 + args.n_layers)  # not yet recorded
+        self.step = self.at = self.saved = 0  # at: how many bytes of a row have been read
+        self.began, self.recorded = time.perf_counter(), (0, 0.0)
+        self.metrics: IO[bytes] | None = None  # the first process's
 
-    def look(self, step: int) -> None:
-        """Fetch the losses up to this step from the device, averaged over the processes."""
-        if not self.pending:
-            return
-        losses = torch.stack(self.pending).cpu().double() / WORLD_SIZE
+    def advance(self) -> None:
+        """An optimiser step, in which the host waits for no device."""
+        args, parts, losses = self.args, self.args.accumulate, 0
+        torch.manual_seed(hash((args.seed, self.step, RANK)))  # all that chance depends on
+        begin = self.at % self.length
+        end = min(begin + args.unroll * args.segment, self.length)
+        rows = [self.text.read(start + begin, start + end + 1) for start in self.starts]
+        memories = self.memories if begin else self.no_memories  # the rows begin, or begin anew
+        self.memories = []
+        for i, tokens in enumerate(to_tokens(rows, args.device).chunk(parts)):
+            last = i == parts - 1 or not LAUNCHED
+            with nullcontext() if last else self.forward.no_sync():
+                loss, found, memory = self.forward(tokens, memories[i])
+                (loss / parts).backward()
+            self.memories.append(memory)
+            losses = found / parts + losses
+        for group in self.model.parameter_groups():  # jointly, either would scale the other down
+            nn.utils.clip_grad_norm_(group, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr = self.schedule.get_last_lr()[0]
+        self.schedule.step()
+        self.losses = torch.cat([self.losses, losses[None]])
+        self.step, self.at = self.step + 1, self.at + end - begin
+
+    def look(self) -> Tensor:
+        """The losses not yet recorded, averaged over the processes, if all is finite."""
+        losses = self.losses.cpu().double() / WORLD_SIZE
         if LAUNCHED:
             dist.all_reduce(losses)
-        bad = (~losses.isfinite()).any(dim=1).nonzero()
-        if len(bad):
-            self.diverged(f"the loss of step {step + 1 - len(losses) + int(bad[0])}")
-        self.losses += losses.tolist()
-        self.pending = []
+        slots = [x for memory in self.memories for layers in memory for x in layers]
+        finite = all(x.isfinite().all() for x in (*self.model.parameters(), *slots))
+        bad = [i for i, row in enumerate(losses, 1 - len(losses)) if not row.isfinite().all()]
+        if agreed(not finite) or bad:
+            what = f"loss of step {self.step + bad[0]}" if bad else f"state after step {self.step}"
+            good = f"the last good checkpoint is {self.args.path}, after step {self.saved}"
+            raise Stop(f"the {what} is not finite; {good}", 1)
+        return losses
 
-    def diverged(self, what: str) -> NoReturn:
-        good = f"{self.path.with_name('checkpoint.pt')}, after step {self.saved}"
-        raise Stop(f"{what} is not finite; the last good checkpoint is {good}", 1)
+    def record(self) -> dict:
+        """Tell metrics.jsonl of the steps since the last record, in a whole line or not at all."""
+        nats, *layers = self.look().mean(dim=0).tolist()
+        seconds, (old_at, old_seconds) = time.perf_counter() - self.began, self.recorded
+        self.losses, self.recorded = self.losses[:0], (self.at, seconds)
+        speed = self.args.batch_size * (self.at - old_at) / (seconds - old_seconds)
+        record = {"step": self.step, "bpc": nats * BITS, "compression_loss": fmean(layers)}
+        record |= {"compression_loss_of_layers": layers, "lr": self.lr}
+        record |= {"seconds": seconds, "tokens_per_second": speed}
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        if self.metrics and (written := self.metrics.write(line)) < len(line):
+            self.metrics.truncate(self.metrics.tell() - written)
+            raise Stop(f"{self.metrics.name} could not be written: the disk is full")
+        return record
 
-    def step(self, step: int, losses: Tensor, tokens: int, lr: float) -> None:
-        """After a step: its losses, of the language model in nats and of each layer's compression,
-        and the number of tokens it read."""
-        self.pending.append(losses)
-        self.tokens += tokens
-        if step % self.every and step != self.steps:
-            return
-        self.look(step)
-        nats, *layers = (fmean(column) for column in zip(*self.losses, strict=True))
-        seconds, (old_tokens, old_seconds) = time.perf_counter() - self.began, self.recorded
-        self.losses, self.recorded = [], (self.tokens, seconds)
-        record = {"step": step, "bpc": nats * BITS, "compression_loss": fmean(layers)}
-        record |= {"compression_loss_of_layers": layers, "lr": lr, "seconds": seconds}
-        record["tokens_per_second"] = (self.tokens - old_tokens) / (seconds - old_seconds)
-        if RANK:
-            return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-        left, width = seconds / step * (self.steps - step), len(str(self.steps))
-        line = (
-            f"step {step:>{width}}/{self.steps}  bpc {record['bpc']:.3f}  "
-            f"compression loss {record['compression_loss']:.4f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left"
-        )
-        end = "\n"
-        if sys.stdout.isatty():
-            line, end = f"\r{line}\x1b[K", "\n" * (step == self.steps)
-        self.show(line + end)
+    def save(self) -> None:
+        self.look()
+        slots = [torch.stack(layers) for memory in self.memories for layers in memory]
+        own = [x.cpu() for x in (self.losses, *slots)]
+        ranks = [[torch.empty_like(x) for x in own] for _ in range(WORLD_SIZE)]
+        for i, x in enumerate(own if LAUNCHED else ()):  # one by one: for objects torch needs NumPy
+            dist.gather(x, None if RANK else [of[i] for of in ranks])
+        if RANK == 0:
+            state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+            state |= {"step": self.step, "at": self.at, "ranks": ranks if LAUNCHED else [own]}
+            state |= {"seconds": time.perf_counter() - self.began, "text": self.text.fingerprint()}
+            state |= {"config": asdict(self.args.config), "settings": self.args.settings}
+            torch.save(state, buffer := BytesIO())
+            write_whole(self.args.path, buffer.getbuffer())
+            settings = json.dumps(self.args.settings, indent=2).encode()
+            write_whole(self.args.path.with_name("settings.json"), settings)
+        self.saved = self.step
+
+    def restore(self, state: dict) -> None:
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.at, self.saved = state["step"], state["at"], state["step"]
+        self.began -= state["seconds"]
+        self.recorded = self.at, state["seconds"]
+        self.losses, *slots = (x.to(self.args.device) for x in state["ranks"][RANK])
+        slots = [tuple(layers) for layers in slots]
+        self.memories = [Memory(*pair) for pair in zip(slots[::2], slots[1::2], strict=True)]
+
+
+def begin(args: argparse.Namespace, text: Text, state: dict) -> Training:
+    """A new run, saved before its first step so that it can always go on, or a saved one."""
+    out = args.path.parent
+    files = [x for x in out.glob("[!.]*") if x.stat().st_size]
+    mend = "name a new folder, so that no run is lost"
+    need(state or not files, f"--out {out} is not empty: {mend}")
+    if LAUNCHED:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+    training = Training(args, text)
+    if state:
+        with fitting(args.path):
+            training.restore(state)
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        training.metrics = open_metrics(out / "metrics.jsonl", training.step)
+    if not state:
+        training.save()
+    return training
+
+
+def train(training: Training, show: Callable, signals: Signals) -> None:
+    """Train to the last step, or until a signal comes."""
+    steps, live = training.args.steps, sys.stdout.isatty()
+    every = max(1, min(steps // 40, 50))  # nothing of the terminal: metrics depend on it
+    signals.training = True
+    try:
+        while training.step < steps:
+            training.advance()
+            step = training.step
+            if step % every == 0 or step == steps:
+                record = training.record()
+                left = record["seconds"] / step * (steps - step)
+                line = (
+                    f"step {step:>{len(str(steps))}}/{steps}  bpc {record['bpc']:.3f}  "
+                    f"compression loss {record['compression_loss']:.4f}  "
+                    f"{record['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left"
+                )
+                width = shutil.get_terminal_size().columns - 1
+                show(f"\r{line[:width]}\x1b[K" if live else f"{line}\n")
+            number = agreed(signals.number)
+            if number or step % training.args.save_every == 0 or step == steps:
+                training.save()
+            if number:
+                raise Stop(f"stopped after step {step}", 128 + number)
+    finally:
+        signals.training = False
+        show("\n" * live)
+    agreed(0)  # all have what they need of each other: the others may end
+
+
+# ---------------------------------------------------------------- evaluation, samples, pictures
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, text: Text, args: argparse.Namespace) -> tuple:
+    """Bits per character of the held-out text, one stream of which every byte is scored once
+    while memory streams over it; and the mean attention weight of a slot by age: six buckets each
+    of compressed memory, memory and segment, over the second half of the segments."""
+    weight, segment, start = model.logits.weight, args.eval_segment or args.segment, text.split
+    weights, nats, ages = [], [], []
+    note = lambda layer, inputs, out: weights.append(out[1].mean(dim=(0, 1, 2)))  # noqa: E731
+    for layer in model.layers:
+        layer.attention.register_forward_hook(note)
+    documents = [end for end in text.ends if args.eval_reset and start < end < text.length]
+    for begin, end in pairwise([start, *documents, text.length]):
+        memory = model.initial_memory(1)
+        for at in range(begin, end, segment):
+            row = to_tokens([text.read(at - 1, min(at + segment, end))], weight.device)
+            tokens, targets = row[:, :-1], row[:, 1:]
+            lengths = memory.c_mem[0].size(1), memory.mem[0].size(1), tokens.size(1)
+            weights.clear()
+            logits, memory, _ = model(tokens, memory)
+            nats.append(F.cross_entropy(logits.to(weight.dtype).mT, targets, reduction="sum"))
+            parts = torch.stack(weights).float().mean(dim=0).split(lengths)
+            ages.append(torch.stack([x.mean() for part in parts for x in part.tensor_split(6)]))
+    bpc = torch.stack(nats).cpu().double().sum().item() * BITS / (text.length - start)
+    return bpc, torch.stack(ages[len(ages) // 2 :]).nanmean(dim=0).view(3, 6).tolist()
+
+
+def harmless(text: str) -> str:
+    """Text that no terminal takes for a command."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def sample(model: nn.Module, text: Text, args: argparse.Namespace, show: Callable) -> str:
+    """Show the prompt and, as it comes, its continuation; returns all that was shown."""
+    device, utf8 = model.logits.weight.device, codecs.getincrementaldecoder("utf-8")("replace")
+    prompt = os.fsencode(args.prompt) or text.read(text.split, text.split + args.segment)
+    opening, shown = harmless(prompt.decode(errors="replace")), []
+
+    def tell(part: str) -> None:
+        shown.append(part)
+        show(part)
+
+    tell(opening if args.only else f"--- prompt (held-out text)\n{opening}\n--- continuation\n")
+    model.generate(
+        to_tokens([prompt], device),
+        args.sample_bytes,
+        temperature=0.8,
+        generator=torch.Generator(device).manual_seed(args.seed),
+        stream=lambda token: tell(harmless(utf8.decode(bytes(token[0].tolist())))),
+    )
+    tell(utf8.decode(b"", final=True))
+    return "".join(shown)
 
 
 def draw(folder: Path, ages: Sequence[Sequence[float]], title: str) -> str:
@@ -333,374 +552,120 @@ def draw(folder: Path, ages: Sequence[Sequence[float]], title: str) -> str:
     attention.set_xticks([])
     for axes in (compression, attention):
         axes.legend()
-    write_whole(folder / "run.png", partial(figure.savefig, format="png", dpi=120))
+    figure.savefig(picture := BytesIO(), format="png", dpi=120)
+    write_whole(folder / "run.png", picture.getbuffer())
     return f"picture in {folder / 'run.png'}"
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, text: Text, start: int, args: argparse.Namespace) -> tuple:
-    """Bits per character of the text from `start` on, one stream of which every byte is scored once
-    while memory streams over it; and the mean attention weight of a slot by age: six buckets each
-    of compressed memory, memory and segment, over the second half of the segments."""
-    weight, segment = model.logits.weight, args.eval_segment or args.segment
-    weights, nats, ages = [], [], []
-    for layer in model.layers:
-        note = lambda layer, inputs, out: weights.append(out[1].mean(dim=(0, 1, 2)))  # noqa: E731
-        layer.attention.register_forward_hook(note)
-    documents = [end for end in text.ends if args.eval_reset and start < end < text.length]
-    for begin, end in pairwise([start, *documents, text.length]):
-        memory = model.initial_memory(1)
-        for at in range(begin, end, segment):
-            row = to_tokens([text.read(at - 1, min(at + segment, end))], weight.device)
-            tokens, targets = row[:, :-1], row[:, 1:]
-            lengths = memory.c_mem[0].size(1), memory.mem[0].size(1), tokens.size(1)
-            weights.clear()
-            logits, memory, _ = model(tokens, memory)
-            nats.append(F.cross_entropy(logits.to(weight.dtype).mT, targets, reduction="sum"))
-            parts = torch.stack(weights).float().mean(dim=0).split(lengths)
-            ages.append(torch.stack([x.mean() for part in parts for x in part.tensor_split(6)]))
-    bpc = torch.stack(nats).cpu().double().sum().item() * BITS / (text.length - start)
-    return bpc, torch.stack(ages[len(ages) // 2 :]).nanmean(dim=0).view(3, 6).tolist()
+# ------------------------------------------------------------------------------------ command line
 
 
-def harmless(text: str) -> str:
-    """Text that no terminal takes for a command."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def sample(model: nn.Module, prompt: bytes, args: argparse.Namespace, show: Callable) -> None:
-    """Show the continuation of the prompt as it comes."""
-    device, utf8 = model.logits.weight.device, codecs.getincrementaldecoder("utf-8")("replace")
-    model.generate(
-        to_tokens([prompt], device),
-        args.sample_bytes,
-        temperature=0.8,
-        generator=torch.Generator(device).manual_seed(args.seed),
-        stream=lambda token: show(harmless(utf8.decode(bytes(token[0].tolist())))),
-    )
-    show(utf8.decode(b"", final=True))
-
-
-# --------------------------------------------------------------------------------------- training
-
-
-class Step(nn.Module):
-    """The forward pass of an optimiser step as one module, however many segments it reads, so that
-    DistributedDataParallel sees the whole of it."""
-
-    def __init__(self, model: CompressiveTransformer, autocast: torch.autocast) -> None:
-        super().__init__()
-        self.model, self.autocast = model, autocast
-        self.of_layers = torch.zeros(len(model.layers)).to(model.logits.weight)
-        for i, layer in enumerate(model.layers):
-            layer.register_forward_hook(partial(self.note, i))
-
-    def note(self, i: int, layer: nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
-        self.of_layers[i] += outputs[3].detach()  # in place: torch.compile need not guard a list
-
-    def forward(
-        self, segments: Sequence[tuple[Tensor, bool]], memory: Memory | None
-    ) -> tuple[Tensor, Tensor, Memory]:
-        """Tokens `[B, T + 1]` and whether they begin the streams -> the loss to minimise, losses to
-        report (the language model's in nats, each layer's compression loss), and the memory."""
-        total = nats = self.of_layers.zero_().sum()
-        for tokens, anew in segments:
-            with self.autocast:
-                output = self.model(tokens[:, :-1], None if anew else memory)
-            logits, memory = output.logits.to(self.of_layers.dtype), output.memory
-            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-            total = total + (loss + output.compression_loss) / len(segments)
-            nats = nats + loss.detach()
-        return total, torch.cat([nats[None], self.of_layers]) / len(segments), memory.detach()
-
-
-def make_optimizer(model: CompressiveTransformer, args: argparse.Namespace) -> tuple:
-    """AdamW, which decays the language model's matrices alone, and its learning rate's schedule: up
-    in a line, then down by a cosine to zero."""
-    language_model, compression = model.parameter_groups()
-    matrices = [p for p in language_model if p.dim() >= 2]
-    rest = [p for p in language_model if p.dim() < 2] + compression
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    warmup = min(100, args.steps // 10)
-
-    def share_of_peak(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (args.steps - warmup))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
-
-
-def settle(args: argparse.Namespace, given: dict, saved: dict) -> None:
-    """Take the run's settings where none is given, and refuse those that contradict it."""
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict]:
+    """The options, and the checkpoint of a run to go on with, whose settings are the defaults."""
+    how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser("train.py", description=__doc__.splitlines()[0], **how)
+    parser.error = partial(need, False)
+    for name, (default, help) in (COMMAND | SETTINGS).items():
+        how = {"type": type(default)}
+        if isinstance(default, bool):
+            how = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=help, **how)
+    args, state = parser.parse_args(argv), {}
     only = args.eval_only or args.sample
-    free = MAY_DIFFER | {"dtype", "seed"} if only else MAY_DIFFER
-    for name, value in saved["settings"].items():
-        if name in given and given[name] != value and name not in free:
-            option = f"--{name.replace('_', '-')} {given[name]}"
-            raise Stop(f"{option}: the run in {args.resume} has {value}; leave it out")
-        setattr(args, name, given.get(name, value))
-    if saved["world_size"] != WORLD_SIZE and not only:
-        mend = f"torchrun --nproc-per-node {saved['world_size']} train.py --resume {args.resume}"
-        raise Stop(f"the run is of {saved['world_size']} processes, not {WORLD_SIZE}: {mend}")
-
-
-def train(args: argparse.Namespace, given: dict, signals: Signals) -> str:
-    """Do what the options say; returns the last line to print."""
-    start, only = time.perf_counter(), args.eval_only or args.sample
-    out = Path(args.resume or args.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
-    path, saved = out / "checkpoint.pt", None
-    if only and not args.resume:
-        raise Stop("--eval-only and --sample need the folder of a run: add --resume RUN")
+    need(args.resume or not only, "--eval-only and --sample need a run: add --resume RUN")
+    path = Path(args.resume or args.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S"), "checkpoint.pt")
     if args.resume:
-        saved = load(path)
-        settle(args, given, saved)
-    if args.bptt and args.unroll < 2:
-        raise Stop("--bptt needs --unroll of at least 2: slots are first read a segment later")
-    if args.batch_size % (WORLD_SIZE * args.accumulate):
-        shares = f"{WORLD_SIZE} processes x {args.accumulate} parts (--accumulate)"
-        raise Stop(f"--batch-size must be divisible by {shares}, got {args.batch_size}")
+        state = load(path)
+        old = state["settings"]
+        parser.set_defaults(**old)
+        args = parser.parse_args(argv)
+        args.processes = WORLD_SIZE
+        for name in old.keys() - FREE.keys() - ({"dtype", "seed", "processes"} if only else set()):
+            known, new = old[name], getattr(args, name)
+            need(new == known, f"the run in {args.resume} has {name} {known}, not {new}")
+    args.only, args.path = only, path
+    return args, state
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse settings that cannot work, and find what 'auto' stands for."""
+    for name, (default, _) in (FREE | FIXED).items():
+        value = getattr(args, name)
+        if isinstance(default, int | float):  # above 0, as the default is, or at least the default
+            ok = 0 < value < math.inf if default > 0 else default <= value < 2**63
+            bound = "above 0" if default > 0 else f"at least {default}"
+            need(ok, f"{name} must be {bound}, got {value}")
+    need(args.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {args.dtype!r}")
+    early = "slots are first read a segment later"
+    need(args.unroll > 1 or not args.bptt, f"unroll must be at least 2 with bptt: {early}")
+    parts = f"{WORLD_SIZE} processes x {args.accumulate} parts (accumulate)"
+    fair = args.batch_size % (WORLD_SIZE * args.accumulate) == 0
+    need(fair, f"batch_size must be divisible by {parts}, got {args.batch_size}")
     try:
-        config = Config(**{field.name: getattr(args, field.name) for field in MODEL_SETTINGS})
+        args.config = Config(**{name: getattr(args, name) for name in MODEL})
         lengths = {"mem_len": args.eval_mem_len, "c_mem_len": args.eval_c_mem_len}
-        eval_config = replace(config, **{k: v for k, v in lengths.items() if v is not None})
+        args.at_rest = replace(args.config, **{k: v for k, v in lengths.items() if v >= 0})
     except ValueError as error:
         raise Stop(str(error)) from None
     device = find_device(args.device)
-    args.dtype = str(find_dtype(args.dtype, device)).removeprefix("torch.")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    dtype = torch.float64 if args.dtype == "float64" else torch.float32  # of the parameters
+    args.dtype = find_dtype(args.dtype, device)
+    args.settings = {name: getattr(args, name) for name in SETTINGS} | {"processes": WORLD_SIZE}
+    args.device = device
+    args.parameters = torch.float64 if args.dtype == "float64" else torch.float32
+    args.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def run(args: argparse.Namespace, state: dict, signals: Signals) -> str:
+    """Do what the options say; returns the last line to print."""
+    start, out, rows = time.perf_counter(), args.path.parent, args.batch_size
+    check(args)
     text = find_text(args.data)
-    if text.length < 20 * args.batch_size:  # every row has a byte to predict, then
-        needed = f"{args.batch_size} rows need {20 * args.batch_size}"
-        mend = "name a longer text or a smaller --batch-size"
-        raise Stop(f"--data {args.data} has {text.length} bytes, {needed}: {mend}")
-    split, fingerprint = text.length - min(text.length // 10, HELD_OUT), text.fingerprint()
-    if saved and saved["text"] != fingerprint:
-        raise Stop(f"--data {args.data} is another text than the one that {out} was trained on")
-
-    show = str if RANK or args.quiet and not args.sample else partial(print, end="", flush=True)
-
-    def at_rest(weights: dict[str, Tensor]) -> nn.Module:
-        model = CompressiveTransformer(eval_config).to(device, dtype).eval()
-        model.load_state_dict(weights)
-        return model
-
-    prompt = os.fsencode(args.prompt) or text.read(split, split + args.segment)
-    opening = harmless(prompt.decode(errors="replace"))
-    if only:
-        if RANK:
-            return ""
-        with autocast:
-            if args.eval_only:
-                return f"val_bpc={evaluate(at_rest(saved['model']), text, split, args)[0]:.4f}\n"
-            show(opening)
-            sample(at_rest(saved["model"]), prompt, args, show)
-        return "\n"
-
-    if LAUNCHED:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    torch.manual_seed(args.seed)
-    model = CompressiveTransformer(config).to(device, dtype)
-    if RANK:
-        torch.manual_seed(args.seed + RANK)  # for dropout, which differs from row to row
-    optimizer, schedule = make_optimizer(model, args)
-    log = Log(out, args.steps, show)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "log": log}
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 32  # a few are needed until memory is full
-        model.compile()
-    forward = Step(model, autocast)
-    if LAUNCHED:  # without find_unused_parameters, buckets and thus rounding change after a step
-        forward = nn.parallel.DistributedDataParallel(forward, find_unused_parameters=True)
-    first, at, L = 0, 0, config.n_layers  # at: how far all rows have been read
-    memories: list[Memory | None] = [None] * args.accumulate
-    if saved:
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            first = log.saved = saved["step"]
-            at, (random, cuda, *slots) = saved["at"], saved["ranks"][RANK]
-            torch.set_rng_state(random)
-            if device.type == "cuda" and len(cuda):
-                torch.cuda.set_rng_state(cuda)
-            for i in range(args.accumulate if slots else 0):  # each has mem and c_mem of all layers
-                own = [x.to(device) for x in slots[2 * i * L : 2 * (i + 1) * L]]
-                memories[i] = Memory(tuple(own[:L]), tuple(own[L:]))
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise Stop(f"{path} does not fit this run: {str(error).splitlines()[0]}") from None
-
-    def save(step: int) -> None:
-        log.look(step)
-        slots = [x for memory in memories if memory for kind in memory for x in kind]
-        if agreed(not all(bool(x.isfinite().all()) for x in (*model.parameters(), *slots))):
-            log.diverged(f"a parameter or memory after step {step}")
-        # Clones: memories are views, and with a view all is saved that it is a view of.
-        cuda = torch.cuda.get_rng_state() if device.type == "cuda" else torch.empty(0)
-        mine = [torch.get_rng_state(), cuda, *(x.cpu().clone() for x in slots)]
-        ranks = [mine]
-        if LAUNCHED:  # tensor by tensor: gathering objects needs NumPy
-            ranks = [[torch.empty_like(x) for x in mine] for _ in range(WORLD_SIZE)]
-            for i, x in enumerate(mine):
-                dist.gather(x, None if RANK else [kept[i] for kept in ranks])
-        if RANK == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"config": asdict(config), "settings": settings, "text": fingerprint}
-            state |= {"step": step, "at": at, "ranks": ranks, "world_size": WORLD_SIZE}
-            write_whole(path, partial(torch.save, state))
-        log.saved = step
-
-    settings = {name: value for name, value in vars(args).items() if name not in OF_A_COMMAND}
-    if RANK == 0:
-        if not saved and out.exists() and any(not x.name.startswith(".") for x in out.iterdir()):
-            raise Stop(f"--out {out} is not empty: name a new folder, so that no run is lost")
-        out.mkdir(parents=True, exist_ok=True)
-        locked = lock(out)  # noqa: F841  (as long as it is open)
-    if saved and RANK == 0:
-        log.cut(first)
-    elif not saved:
-        save(0)  # first of all, so that whatever happens the run can go on
-    if RANK == 0:
-        words = json.dumps(settings, indent=2).encode()
-        write_whole(out / "settings.json", lambda file: file.write(words))
-    signals.again = f"{'torchrun --nproc-per-node ' + str(WORLD_SIZE) if LAUNCHED else 'python'} "
-    signals.again += shlex.join([sys.argv[0], "--resume", str(out)])
-    show(
-        f"{text.length:,} bytes of {args.data}; {sum(p.numel() for p in model.parameters()):,} "
-        f"parameters; {device.type}, {args.dtype}; {f'{WORLD_SIZE} processes; ' * LAUNCHED}"
-        f"{f'after step {first}; ' * bool(saved)}results in {out}\n"
-    )
-
-    signals.training, share = True, args.batch_size // WORLD_SIZE
-    length = (split - 1) // args.batch_size  # of a row, less the byte it shares with the next
-    starts = [row * length for row in range(RANK * share, (RANK + 1) * share)]
-    for step in range(first + 1, args.steps + 1):
-        segments, tokens, losses = [], 0, torch.zeros(())
-        for _ in range(args.unroll):
-            begin = at % length  # at the end, rows begin anew, and so does the memory
-            at = min(begin + args.segment, length)
-            tokens += args.batch_size * (at - begin)
-            rows = [text.read(start + begin, start + at + 1) for start in starts]
-            segments.append((to_tokens(rows, device), begin == 0))
-        for i in range(args.accumulate):
-            part = [(rows.chunk(args.accumulate)[i], anew) for rows, anew in segments]
-            last = i == args.accumulate - 1 or not LAUNCHED
-            with nullcontext() if last else forward.no_sync():
-                loss, found, memories[i] = forward(part, memories[i])
-                (loss / args.accumulate).backward()
-            losses = found / args.accumulate + losses
-        for group in model.parameter_groups():  # apart: jointly, either would scale the other down
-            torch.nn.utils.clip_grad_norm_(group, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        log.step(step, losses, tokens, schedule.get_last_lr()[0])
-        schedule.step()
-        number = agreed(signals.number)
-        if number or step % args.save_every == 0 or step == args.steps:
-            save(step)
-        if number:
-            raise Stop(f"stopped after step {step}", 128 + number)
-    signals.training = False
-    agreed(0)  # all have what they need of each other: the others may end
+    enough = text.length >= 20 * rows  # every row has a byte to predict, then
+    mend = f"{rows} rows need {20 * rows}: name a longer text or a smaller --batch-size"
+    need(enough, f"--data {args.data} has {text.length} bytes, {mend}")
+    known = not state or state["text"] == text.fingerprint()
+    need(known, f"--data {args.data} is another text than the one that {out} was trained on")
+    quiet = RANK or args.quiet and not args.sample
+    show = str if quiet else partial(print, end="", flush=True)
+    if not args.only:
+        training = begin(args, text, state)
+        command = f"torchrun --nproc-per-node {WORLD_SIZE}" if LAUNCHED else "python"
+        signals.again = f"{command} {shlex.join([sys.argv[0], '--resume', str(out)])}"
+        show(
+            f"{text.length:,} bytes of {args.data}; "
+            f"{sum(p.numel() for p in training.model.parameters()):,} parameters; "
+            f"{args.device.type}, {args.dtype}; {f'{WORLD_SIZE} processes; ' * LAUNCHED}"
+            f"{f'after step {training.step}; ' * bool(state)}results in {out}\n"
+        )
+        train(training, show, signals)
+        state = {"model": training.model.state_dict()}
     if RANK:
         return ""
 
-    written = [f"--- prompt (held-out text)\n{opening}\n--- continuation\n"]
-    with autocast:
-        val_bpc, ages = evaluate(at_rest(model.state_dict()), text, split, args)
-        show("\n" + written[0])
-        sample(at_rest(model.state_dict()), prompt, args, lambda x: (written.append(x), show(x)))
-    write_whole(out / "sample.txt", lambda file: file.write("".join(written).encode()))
+    model = CompressiveTransformer(args.at_rest).to(args.device, args.parameters).eval()
+    with fitting(args.path):
+        model.load_state_dict(state["model"])
+    written = ""
+    with args.autocast:
+        if not args.eval_only:
+            written = sample(model, text, args, show)
+        if not args.sample:
+            val_bpc, ages = evaluate(model, text, args)
+    if args.only:
+        return f"val_bpc={val_bpc:.4f}\n" if args.eval_only else "\n"
+    write_whole(out / "sample.txt", written.encode())
     show(f"\n---\n{draw(out, ages, f'{args.data}: {val_bpc:.3f} bits per held-out character')}\n")
-    speed, seconds = log.tokens / max(log.recorded[1], 1e-9), time.perf_counter() - start
+    speed, seconds = training.at * rows / training.recorded[1], time.perf_counter() - start
     return f"val_bpc={val_bpc:.4f} tokens_per_second={speed:.0f} seconds={seconds:.1f}\n"
 
 
-# --------------------------------------------------------------------------------- command line
-
-MODEL_SETTINGS = [field for field in fields(Config) if field.name != "vocab_size"]  # 256: bytes
-OF_A_COMMAND = {"resume", "out", "eval_only", "sample", "prompt", "quiet"}  # not of the run
-MAY_DIFFER = {"data", "device", "compile", "save_every", "sample_bytes"}  # data: if equal
-MAY_DIFFER |= {"eval_mem_len", "eval_c_mem_len", "eval_segment", "eval_reset"}
-CHECKPOINT = {"model", "optimizer", "schedule", "log", "config", "settings", "text", "step", "at"}
-CHECKPOINT |= {"ranks", "world_size"}
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
-def number(kind: type, low: float) -> Callable[[str], float]:
-    """The type of an option: a finite number of at least `low` (an int) or above it (a float)."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not math.isfinite(value) or value < low or (kind is float and value == low):
-            bound = f"{'above' if kind is float else 'of at least'} {low}"
-            raise argparse.ArgumentTypeError(f"must be a number {bound}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names the type in its own message
-    return parse
-
-
-def parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace, dict]:
-    """The options, and those of them that were given."""
-    whole, any_whole, flag = number(int, 1), number(int, 0), {"action": "store_true"}
-    how = {"prog": "train.py", "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    parser = Parser(description="Train a byte-level Compressive Transformer on text.", **how)
-    add = parser.add_argument
-    data = "'stdlib' (the sources of Python's standard library), 'tinyshakespeare' (fetched once "
-    add("--data", default="stdlib", help=data + "into data/), or a file or folder of text")
-    add("--out", help="the run's folder; by default runs/ and the time")
-    add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings")
-    add("--eval-only", **flag, help="only evaluate the run")
-    add("--sample", **flag, help="only generate from the run")
-    add("--prompt", default="", help="text for --sample to continue; by default held-out text")
-    add("--sample-bytes", type=any_whole, default=500, help="length of a sample")
-    add("--quiet", **flag, help="print the last line alone")
-    add("--save-every", type=whole, default=500, help="steps from checkpoint to checkpoint")
-    add("--device", default="auto", help="auto (an accelerator or the CPU) or a torch device")
-    dtypes = "auto", "float32", "bfloat16", "float64"
-    dtype = "of the matrix products (float64: of all); auto: bfloat16 where the hardware has it"
-    add("--dtype", default="auto", choices=dtypes, help=dtype)
-    add("--compile", **flag, help="let torch.compile make it faster")
-    add("--steps", type=whole, default=1200, help="optimiser steps")
-    add("--batch-size", type=whole, default=32, help="rows, each a stream of its own")
-    add("--accumulate", type=whole, default=1, help="parts in which a step takes the rows")
-    add("--segment", type=whole, default=64, help="tokens of a row in a segment")
-    add("--unroll", type=whole, default=1, help="segments in an optimiser step")
-    add("--lr", type=number(float, 0), default=3e-3, help="peak learning rate of AdamW")
-    add("--seed", type=any_whole, default=0, help="of the weights, dropout and the sample")
-    add("--eval-mem-len", type=any_whole, help="mem_len in evaluation; by default as trained")
-    add("--eval-c-mem-len", type=any_whole, help="c_mem_len in evaluation; by default as trained")
-    add("--eval-segment", type=whole, help="segment in evaluation; by default as trained")
-    add("--eval-reset", **flag, help="in evaluation, drop the memory where a file begins")
-    for field in MODEL_SETTINGS:
-        how = {"type": type(field.default)}
-        if isinstance(field.default, bool):
-            how = {"action": argparse.BooleanOptionalAction}
-        name, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        add(name, default=field.default, help=help, **how)
-    args = parser.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # what has a value gets no default
-    given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
-    return parser, args, given
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    parser, args, given = parse(argv)
-    signals = Signals()
+    signals, status, message = Signals(), 0, ""
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signals)
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show all of UTF-8
-    status, message, lost = 0, "", ""
     try:
-        print(train(args, given, signals), end="", flush=True)
+        print(run(*parse(argv), signals), end="", flush=True)
     except Stop as stop:
         status, message = stop.status, str(stop)
     except OSError as error:
@@ -708,11 +673,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         if not LAUNCHED or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        status, lost = 1, f"process {RANK} has lost another one: {str(error).splitlines()[0]}"
-    if lost or status and LOCAL_RANK == 0:  # what is refused, all processes refuse
-        again = f"; to go on: {signals.again}" if (lost or status > 2) and signals.again else ""
-        live = signals.training and sys.stdout.isatty() and not args.quiet
-        print("\n" * live + f"{parser.prog}: {message or lost}{again}", file=sys.stderr, flush=True)
+        status, message = 3, f"process {RANK} has lost another one: {str(error).splitlines()[0]}"
+    if status == 3 or status and LOCAL_RANK == 0:  # what is refused, all processes refuse
+        again = f"; to go on: {signals.again}" if status > 2 and signals.again else ""
+        print(f"train.py: {message}{again}", file=sys.stderr, flush=True)
     if LAUNCHED:  # gloo's threads hold Python's objects: an ordinary end can abort the process
         os._exit(status)
     sys.exit(status)

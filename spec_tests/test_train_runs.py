@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -52,14 +53,14 @@ def farthest(a: Path, b: Path) -> float:
 
 
 def stopping(step: int, number: int):
-    """A stand-in for Log.step that sends this process a signal during a step."""
+    """A stand-in for Training.advance that sends this process a signal during a step."""
 
-    def log_step(self, at: int, *rest, original=trainer.Log.step) -> None:
-        if at == step:
+    def advance(self, original=trainer.Training.advance) -> None:
+        if self.step == step - 1:
             os.kill(os.getpid(), number)
-        original(self, at, *rest)
+        original(self)
 
-    return log_step
+    return advance
 
 
 # ------------------------------------------------------------------------------------ nothing lost
@@ -81,7 +82,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert here("--data", text, *TINY, *options, "--out", "whole").returncode == 0
     monkeypatch.setattr(sys, "argv", [str(TRAIN)])
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Log, "step", stopping(37, number))
+        patch.setattr(trainer.Training, "advance", stopping(37, number))
         stopped = here("--data", text, *TINY, *options, "--out", "cut short")
     assert stopped.returncode == 128 + number
     again = f"python {TRAIN} --resume 'cut short'"
@@ -154,30 +155,36 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(text: Path, here):
         good[:-1]: "it is truncated",
         b"": "it is truncated",
         b"Moby Dick": "something else",
-        Path("evil").read_bytes(): "more than data .nothing of it was run",
-        pickle.dumps(Malicious()): "more than data .nothing of it was run",
-        damaged(optimizer=None, step=None): "lacks something: optimizer, step$",
+        Path("evil").read_bytes(): "more than data .no code of it was run",
+        pickle.dumps(Malicious()): "more than data .no code of it was run",
+        damaged(settings=None): "is no checkpoint of train.py",
+        damaged(optimizer=None): "does not fit this run: 'optimizer'",
         damaged(model=other): "does not fit this run: ",
         damaged(ranks=[]): "does not fit this run: ",
-        damaged(world_size=3): "the run is of 3 processes, not 1: torchrun --nproc-per-node 3 ",
+        damaged(settings=state["settings"] | {"processes": 3}): "has processes 3, not 1$",
     }
-    before = sorted(Path("run").iterdir())
+    Path("run/metrics.jsonl").open("a").write('{"step": 9}\n')  # of a run that had gone further
+    before = {x: x.read_bytes() for x in Path("run").iterdir() if x != path}
     for content, message in bad.items():
         path.write_bytes(content)
         refused(here("--resume", "run"), message)
         assert path.read_bytes() == content
-    assert sorted(Path("run").iterdir()) == before
+    for content in (good[:-1], damaged(model=other)):
+        path.write_bytes(content)
+        for only in ("--eval-only", "--sample"):
+            refused(here("--resume", "run", only), "is no checkpoint|does not fit this run: ")
+    assert {x: x.read_bytes() for x in Path("run").iterdir() if x != path} == before
     assert not Path("harmed").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--lr 0.1", "--lr 0.1: the run in run has 0.003; leave it out"),
-        ("--steps 1200", "--steps 1200: the run in run has 4; leave it out"),  # the default, given
-        ("--bptt", "--bptt True: the run in run has False"),
-        ("--d-model 32", "--d-model 32: the run in run has 16"),
-        ("--dtype float64", "--dtype float64: the run in run has float32"),
+        ("--lr 0.1", "the run in run has lr 0.003, not 0.1"),
+        ("--steps 1200", "the run in run has steps 4, not 1200"),  # the default, given
+        ("--bptt", "the run in run has bptt False, not True"),
+        ("--d-model 32", "the run in run has d_model 16, not 32"),
+        ("--dtype float64", "the run in run has dtype float32, not float64"),
         ("--data other", "--data other is another text"),
         ("--eval-only --eval-mem-len 0", "mem_len must be at least"),
     ],
@@ -229,7 +236,7 @@ def test_a_full_disk_is_one_line_and_the_good_checkpoint_stands(
     full = False
     assert here("--data", text, *TINY, "--steps", 8, "--out", "whole").returncode == 0
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Log, "step", stopping(4, signal.SIGINT))
+        patch.setattr(trainer.Training, "advance", stopping(4, signal.SIGINT))
         assert here("--data", text, *TINY, "--steps", 8, "--out", "run").returncode == 130
     monkeypatch.setattr(trainer, "open", open_full, raising=False)
     before, full = Path("run/checkpoint.pt").read_bytes(), True
@@ -249,12 +256,56 @@ def test_a_limit_of_the_system_on_files_is_one_line_too(text: Path, tmp_path: Pa
     )
     done = subprocess.run(["sh", "-c", limit], cwd=tmp_path, capture_output=True, text=True)
     refused(done, "run/checkpoint.pt could not be written: File too large")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_of_metrics_that_the_disk_has_no_room_for_is_not_begun(
+    text: Path, tmp_path: Path, here, monkeypatch
+):
+    """The disk is a limit on the size of files, which the log reaches in the middle of a line."""
+    resource = pytest.importorskip("resource", reason="no limits on this system")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Training, "advance", stopping(4, signal.SIGINT))
+        assert here("--data", text, *TINY, "--steps", 8, "--out", "run").returncode == 130
+    metrics, room = Path("run/metrics.jsonl"), 2**20
+    records = metrics.read_bytes()
+    padding = b'{"step": 0, "long": "%s"}\n' % (b"-" * (room - len(records) - 100))
+    metrics.write_bytes(padding + records)
+    command = [sys.executable, str(TRAIN), "--resume", "run", "--quiet"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))  # noqa: E731
+    how = {"cwd": tmp_path, "capture_output": True, "text": True, "preexec_fn": limit}
+    refused(subprocess.run(command, **how), "run/metrics.jsonl could not be written: the disk")
+    assert metrics.read_bytes() == padding + records
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 4
+    metrics.write_bytes(records)
+    assert here("--resume", "run").returncode == 0
+    assert [json.loads(line)["step"] for line in metrics.open()] == [*range(1, 9)]
+
+
+def test_every_step_and_every_process_draws_anew(text: Path, here, monkeypatch):
+    """What is drawn depends on the seed, the step and the process alone: nothing of it is saved."""
+    seeds: list[int] = []
+
+    def forward(self, *args: object, original=trainer.Step.forward):
+        seeds.append(torch.initial_seed())
+        return original(self, *args)
+
+    def advance(self, original=trainer.Training.advance) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "RANK", rank)
+            original(self)
+
+    monkeypatch.setattr(trainer.Step, "forward", forward)
+    monkeypatch.setattr(trainer.Training, "advance", advance)
+    for seed, rank in ((0, 0), (1, 0), (0, 1)):
+        options = ["--steps", 4, "--seed", seed, "--out", f"run{seed}{rank}"]
+        assert here("--data", text, *TINY, *options).returncode == 0
+    assert len(set(seeds)) == len(seeds) == 12
 
 
 def test_two_processes_cannot_write_one_folder(text: Path, here):
     assert here("--data", text, *TINY, "--steps", 4, "--out", "run").returncode == 0
-    with trainer.lock(Path("run")):
+    with trainer.open_metrics(Path("run/metrics.jsonl"), 4):
         refused(here("--resume", "run"), "run is in use by another process")
         assert here("--resume", "run", "--eval-only").returncode == 0
     assert here("--resume", "run").returncode == 0
@@ -295,7 +346,7 @@ def test_parameters_that_are_not_finite_are_not_saved(text: Path, here, monkeypa
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     stopped = here("--data", text, *TINY, "--steps", 40, "--save-every", 1, "--out", "run")
     assert stopped.returncode == 1
-    assert "a parameter or memory after step 1 is not finite; the last good" in stopped.stderr
+    assert "the state after step 1 is not finite; the last good" in stopped.stderr
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 0
 
 
@@ -343,7 +394,7 @@ def test_processes_train_as_one(text: Path, here, processes: int):
     for a, b in zip(one[1], many[1], strict=True):
         for name in ("bpc", "compression_loss", "lr"):
             assert abs(a[name] - b[name]) < 1e-6
-    refused(here("--resume", "many"), f"the run is of {processes} processes, not 1: torchrun")
+    refused(here("--resume", "many"), f"has processes {processes}, not 1")
     assert here("--resume", "many", "--eval-only").stdout == done.stdout.split()[0] + "\n"
 
 
@@ -351,12 +402,12 @@ PATCHED = """import os, sys
 sys.path.insert(0, {folder!r})
 import train
 
-def step(self, at, *rest, original=train.Log.step):
-    if at == {step} and train.RANK == 1:
+def advance(self, original=train.Training.advance):
+    if self.step == {step} - 1 and train.RANK == 1:
         os.kill(os.getpid(), {number})
-    original(self, at, *rest)
+    original(self)
 
-train.Log.step = step
+train.Training.advance = advance
 train.main()
 """
 
@@ -371,12 +422,22 @@ def test_one_process_killed_or_stopped_ends_all_and_they_go_on_exactly(text: Pat
         script.write_text(PATCHED.format(folder=folder, step=step, number=int(number)))
         return torchrun(2, *options, cwd=tmp_path, script=script)
 
+    start = time.monotonic()
     whole = torchrun(2, *options, "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
+    length = time.monotonic() - start
+    start = time.monotonic()
+    twice = torchrun(2, *options, "--out", "whole", cwd=tmp_path)
+    assert twice.returncode != 0
+    assert time.monotonic() - start < length + 10  # no process waits for another's refusal
+    ours = [line for line in twice.stderr.splitlines() if line.startswith("train.py: ")]
+    assert ours == ["train.py: --out whole is not empty: name a new folder, so that no run is lost"]
     assert "; 2 processes; results in whole" in whole.stdout.splitlines()[0]
 
+    start = time.monotonic()
     killed = broken(7, signal.SIGKILL, *options, "--out", "run")
     assert killed.returncode != 0
+    assert time.monotonic() - start < length + 10  # no process waits for the one that is gone
     assert "train.py: process 0 has lost another one: " in killed.stderr
     again = f"to go on: torchrun --nproc-per-node 2 {script} --resume run\n"
     assert again in killed.stderr
@@ -566,6 +627,24 @@ def test_a_file_larger_than_memory_is_not_loaded(tmp_path: Path):
     assert 0 < read < 2**20  # whatever the size of the file
 
 
+def test_a_run_on_ten_gigabytes_starts_within_a_second(tmp_path: Path, here, monkeypatch):
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(10 * 2**30)
+    resource = pytest.importorskip("resource", reason="memory cannot be measured on this system")
+    begun: list[float] = []
+
+    def advance(self, original=trainer.Training.advance) -> None:
+        original(self)
+        begun.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer.Training, "advance", advance)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    assert here("--data", "large", *TINY, "--out", "run").returncode == 130
+    assert begun[0] - start < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB, or bytes
+
+
 def test_more_files_than_a_process_may_open_are_one_text(tmp_path: Path):
     code = "import resource, sys, train; from pathlib import Path; "
     code += "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)); "
@@ -586,11 +665,11 @@ def test_compilation_ends_once_memory_is_full(text: Path, here, monkeypatch):
     torch._dynamo.reset()
     counts = {}
 
-    def log_step(self, at: int, *rest, original=trainer.Log.step) -> None:
-        counts[at] = counter.frame_count
-        original(self, at, *rest)
+    def advance(self, original=trainer.Training.advance) -> None:
+        original(self)
+        counts[self.step] = counter.frame_count
 
-    monkeypatch.setattr(trainer.Log, "step", log_step)
+    monkeypatch.setattr(trainer.Training, "advance", advance)
     lengths = "--n-layers 1 --segment 4 --mem-len 80 --c-mem-len 40 --unroll 2 --steps 200".split()
     options = ["--data", text, *TINY, *lengths]
     assert here(*options, "--compile", "--out", "compiled").returncode == 0
@@ -605,12 +684,12 @@ def test_a_step_on_cuda_waits_for_nothing(text: Path, here, monkeypatch):
         torch.cuda.set_sync_debug_mode("error")
         return original(self, *args)
 
-    def look(self, step: int, original=trainer.Log.look) -> None:
+    def look(self, original=trainer.Training.look) -> torch.Tensor:
         torch.cuda.set_sync_debug_mode("default")
-        original(self, step)
+        return original(self)
 
     monkeypatch.setattr(trainer.Step, "forward", backward)
-    monkeypatch.setattr(trainer.Log, "look", look)
+    monkeypatch.setattr(trainer.Training, "look", look)
     options = ["--steps", 400, "--save-every", 1000, "--device", "cuda", "--dtype", "bfloat16"]
     done = here("--data", text, *TINY, *options, "--out", "run")
     torch.cuda.set_sync_debug_mode("default")

@@ -56,7 +56,7 @@ def finish(pid: int, folder: Path) -> None:
 def result(run: Path) -> tuple[dict, list[dict]]:
     """The checkpoint and the metrics of a run, without the times."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    del state["log"]["seconds"]
+    del state["seconds"]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return state, [{k: v for k, v in x.items() if k not in TIMING} for x in records]
 
