@@ -138,8 +138,8 @@ def relative_shift(scores: Tensor) -> Tensor:
     return scores.flatten(-2)[..., T - 1 : T - 1 + T * S].unflatten(-1, (T, S))
 
 
-# On a CPU, heads are taken in groups with about so many scores, which its cache holds. Larger tensors
-# would also be fresh pages from the system every time, which cost more than the products.
+# On a CPU, heads are taken in groups of about so many scores, which its caches hold. What is larger
+# would also come as fresh pages from the system every time, and they cost more than the products.
 SCORES_AT_ONCE = 2**21
 
 
@@ -186,10 +186,10 @@ class RelativeMultiHeadAttention(nn.Module):
         by_content = q + (scale * self.content_bias[:, None]).to(q.dtype)
         by_distance = q + (scale * self.position_bias[:, None]).to(q.dtype)
         attend = self.attend_to_slots if T < K else self.attend_to_keys
-        mixed, weights = attend(by_content, by_distance, slots, positions, need_weights)
-        mixed = mixed.view(H, B, T, K).permute(1, 2, 0, 3).flatten(2)  # [B, T, D]
+        found, weights = attend(by_content, by_distance, slots, positions, need_weights)
+        found = found.view(H, B, T, K).permute(1, 2, 0, 3).flatten(2)  # [B, T, D]
         whole = torch.cat(weights).view(H, B, T, S).transpose(0, 1) if need_weights else None
-        return self.output(mixed), whole
+        return self.output(found), whole
 
     def attend_to_keys(
         self,
@@ -199,25 +199,24 @@ class RelativeMultiHeadAttention(nn.Module):
         positions: Tensor,
         need_weights: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The queries `[H, B*T, K]` (q + u, q + v, scaled) attend to keys: `-> [H*B, T, K]`, and the
-        weights in parts."""
+        """Queries `[H, B*T, K]`, q + u and q + v, scaled, and slots, projected to keys and values
+        -> what the heads found, `[H*B, T, K]`, and the weights, in parts, if they are needed."""
         # The memories need no gradient: products of their own, not one over all slots, save it.
         kv = torch.cat([self.key_value(part) for part in slots], dim=1)  # [B, S, 2*D]
-        k, v = self.heads(kv, parts=2)  # [H*B, S, K] each
-        (r,) = self.heads(self.relative_key(positions[None]))  # [H, S + 1, K]
-        (B, S, _), H = kv.shape, self.n_heads
-        T = by_content.size(1) // B
+        (B, S, _), H, T = kv.shape, self.n_heads, slots[-1].size(1)
         on_cpu = kv.device.type == "cpu"
-        group = max(1, SCORES_AT_ONCE // (B * T * S)) if on_cpu else H  # heads taken together
-        by_content, k, v = (x.split(group * B) for x in (by_content.view(H * B, T, -1), k, v))
-        by_distance, r = by_distance.split(group), r.split(group)
-        mixed, weights = [], []
-        for q, k, v, q_r, r in zip(by_content, k, v, by_distance, r, strict=True):
-            scores = relative_shift(torch.bmm(q_r, r.mT).view(-1, T, S + 1))
-            probs = self.masked_softmax(torch.baddbmm(scores, q, k.mT))
-            mixed.append(torch.bmm(F.dropout(probs, self.dropout, self.training), v))
-            weights += [probs] * need_weights
-        return torch.cat(mixed), weights
+        group = max(1, SCORES_AT_ONCE // (B * T * S)) if on_cpu else H  # heads at once
+        k, v = (x.split(group * B) for x in self.heads(kv, parts=2))  # [group*B, S, K] each
+        r = self.heads(self.relative_key(positions[None]))[0].split(group)  # [group, S + 1, K]
+        by_distance, by_content = by_distance.split(group), by_content.split(group)
+        found, handed_out = [], []
+        for q_k, k_h, v_h, q_r, r_h in zip(by_content, k, v, by_distance, r, strict=True):
+            scores = relative_shift(torch.bmm(q_r, r_h.mT).view(-1, T, S + 1))
+            scores = torch.baddbmm(scores, q_k.view(len(k_h), T, -1), k_h.mT)
+            weights = self.masked_softmax(scores)  # [group*B, T, S]
+            found.append(torch.bmm(F.dropout(weights, self.dropout, self.training), v_h))
+            handed_out += [weights] * need_weights
+        return torch.cat(found), handed_out
 
     def attend_to_slots(
         self,
@@ -227,10 +226,10 @@ class RelativeMultiHeadAttention(nn.Module):
         positions: Tensor,
         need_weights: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The same, but the queries go through W_k to the slots, and what they find through W_v."""
-        H, rows, K = by_content.shape
-        B, D, S = slots[0].size(0), positions.size(1), positions.size(0) - 1
-        T = rows // B
+        """The same, but the queries go through W_k to the slots, and what they find through W_v:
+        `-> [H, B*T, K]`."""
+        (H, _, K), D, S = by_content.shape, positions.size(1), positions.size(0) - 1
+        B, T, _ = slots[-1].shape
         w_k, w_v = self.key_value.weight.view(2, H, K, D)
         w_r = self.relative_key.weight.view(H, K, D)
         r = positions.mT  # [D, S + 1]
@@ -239,11 +238,11 @@ class RelativeMultiHeadAttention(nn.Module):
         q = self.by_row(by_content @ w_k, B)  # [B, H*T, D]
         by_content = torch.cat([torch.bmm(q, part.mT) for part in slots], dim=2)  # [B, H*T, S]
         weights = self.masked_softmax(by_distance + by_content.view(B, H, T, S).transpose(0, 1))
-        kept = self.by_row(F.dropout(weights, self.dropout, self.training), B)
+        kept = self.by_row(F.dropout(weights, self.dropout, self.training), B)  # [B, H*T, S]
         parts = zip(kept.split([part.size(1) for part in slots], dim=2), slots, strict=True)
-        mixed = sum(torch.bmm(to_part, part) for to_part, part in parts)  # [B, H*T, D]
-        mixed = mixed.view(B, H, T, D).transpose(0, 1).reshape(H, B * T, D) @ w_v.mT
-        return mixed, [weights]
+        found = sum(torch.bmm(to_part, part) for to_part, part in parts)  # [B, H*T, D]
+        found = found.view(B, H, T, D).transpose(0, 1).reshape(H, B * T, D)
+        return found @ w_v.mT, [weights] * need_weights
 
     @staticmethod
     def masked_softmax(scores: Tensor) -> Tensor:
@@ -489,7 +488,7 @@ class CompressiveTransformerLayer(nn.Module):
         (zero if it is not needed)."""
         pre_norm = self.config.norm_first
         x = self.attention_norm(h) if pre_norm else h  # what attention reads is what memory keeps
-        by_use = isinstance(self.compress, MostUsedCompression)
+        by_use = isinstance(self.compress, MostUsedCompression)  # needs attention's weights
         a, weights = self.attention(x, c_mem, mem, positions, need_weights=by_use)
         if pre_norm:
             h = h + self.dropout(a)
@@ -576,9 +575,10 @@ class CompressiveTransformer(nn.Module):
         """One segment: `tokens [B, T]` (int64 or int32) and the memory that the segment before
         returned (None: empty) -> `Output(logits [B, T, vocab_size], memory, compression_loss)`.
 
-        T may differ from call to call. If the loss is not needed, it is zero. Raises TypeError or ValueError for what does not fit,
-        except for tokens out of range on an accelerator, where looking would make it wait:
-        there the embedding's own check stops the program.
+        T may differ from call to call. A loss that is not needed is zero, and costs nothing. Raises
+        TypeError or ValueError for what does not fit, except for tokens out of range on an
+        accelerator, where looking would make it wait: there the embedding's own check stops the
+        program.
         """
         self._check(tokens, memory)
         memory = self.initial_memory(tokens.size(0)) if memory is None else Memory(*memory)

@@ -483,8 +483,10 @@ def evaluate(model: nn.Module, text: Text, args: argparse.Namespace) -> tuple:
     of compressed memory, memory and segment, over the second half of the segments."""
     weight, segment, start = model.logits.weight, args.eval_segment or args.segment, text.split
     weights, nats, ages = [], [], []
-    note = lambda layer, inputs, out: weights.append(out[1].mean(dim=(0, 1, 2)))  # noqa: E731
+    ask = lambda layer, args, named: (args, named | {"need_weights": True})  # noqa: E731
+    note = lambda layer, args, out: weights.append(out[1].mean(dim=(0, 1, 2)))  # noqa: E731
     for layer in model.layers:
+        layer.attention.register_forward_pre_hook(ask, with_kwargs=True)
         layer.attention.register_forward_hook(note)
     documents = [end for end in text.ends if args.eval_reset and start < end < text.length]
     for begin, end in pairwise([start, *documents, text.length]):
@@ -494,7 +496,7 @@ def evaluate(model: nn.Module, text: Text, args: argparse.Namespace) -> tuple:
             tokens, targets = row[:, :-1], row[:, 1:]
             lengths = memory.c_mem[0].size(1), memory.mem[0].size(1), tokens.size(1)
             weights.clear()
-            logits, memory, _ = model(tokens, memory)
+            logits, memory, _ = model(tokens, memory, need_loss=False)
             nats.append(F.cross_entropy(logits.to(weight.dtype).mT, targets, reduction="sum"))
             parts = torch.stack(weights).float().mean(dim=0).split(lengths)
             ages.append(torch.stack([x.mean() for part in parts for x in part.tensor_split(6)]))

@@ -322,13 +322,50 @@ def test_attention_weights_drop_out_if_asked(dropout: dict[str, float]):
     attention = api.RelativeMultiHeadAttention(8, 2, **dropout).double()
     x, positions = torch.randn(2, 3, 8), reference.adapter.sinusoid(4, 8)
     inputs = x, x[:, :0], x[:, :0], positions
-    outputs = [attention(*inputs) for _ in range(2)]
+    outputs = [attention(*inputs, need_weights=True) for _ in range(2)]
     assert torch.equal(outputs[0][1], outputs[1][1])  # the weights handed out are whole
     attention.eval()
     whole = attention(*inputs)[0]
     assert torch.equal(attention(*inputs)[0], whole)
     assert not dropout or not torch.equal(outputs[0][0], outputs[1][0])
     assert dropout or torch.equal(outputs[0][0], whole)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_heads_taken_in_groups_are_those_taken_at_once(heads: int, monkeypatch):
+    attention = api.RelativeMultiHeadAttention(16, 4).double()
+    sizes = {"c_mem": 2, "mem": 3, "x": 5}  # as many queries as a head is wide, and more
+    slots = {name: torch.randn(2, n, 16, requires_grad=name == "x") for name, n in sizes.items()}
+
+    def results() -> list:
+        positions = reference.adapter.sinusoid(11, 16)
+        output, weights = attention(**slots, positions=positions, need_weights=True)
+        learned = [slots["x"], *attention.parameters()]
+        return [output, weights, *torch.autograd.grad(output.square().sum(), learned)]
+
+    whole = results()
+    sizes, split = [], torch.Tensor.split
+    monkeypatch.setattr(api, "SCORES_AT_ONCE", heads * 2 * 5 * 10 + 99)
+    monkeypatch.setattr(
+        torch.Tensor, "split", lambda x, size, dim=0: sizes.append(size) or split(x, size, dim)
+    )
+    for came, expected in zip(results(), whole, strict=True):
+        torch.testing.assert_close(came, expected, rtol=1e-12, atol=1e-12)
+    assert sorted(set(sizes)) == [heads, 2 * heads]  # of heads, and of heads times rows
+    assert attention(**slots, positions=reference.adapter.sinusoid(11, 16))[1] is None
+
+
+@pytest.mark.parametrize("compression_loss", ["attention", "autoencoding"])
+def test_a_loss_that_is_not_needed_changes_nothing_else(compression_loss: str):
+    model = make(compression_loss=compression_loss)
+    text, memory = torch.randint(5, (2, 24)), None
+    for segment in text.split(6, dim=1):
+        with_loss, without = model(segment, memory), model(segment, memory, need_loss=False)
+        memory = with_loss.memory
+        assert torch.equal(with_loss.logits, without.logits) and without.compression_loss == 0
+        for one, other in zip(memory, without.memory, strict=True):
+            assert all(map(torch.equal, one, other))
+    assert with_loss.compression_loss > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -99,11 +99,9 @@ class Adapter:
         attention: list[Tensor] = []
         slots = []
         for layer, mem, c_mem in zip(model.layers, *state, strict=True):
-            keep = layer.attention.register_forward_hook(
-                lambda module, args, output: attention.append(output[1])
-            )
+            seen = layer.attention_norm(h) if model.config.norm_first else h
+            attention.append(layer.attention(seen, c_mem, mem, positions, need_weights=True)[1])
             h, mem, c_mem, _ = layer(h, mem, c_mem, positions)
-            keep.remove()
             slots.append((mem, c_mem))
         return h, self.replace(state, slots), attention
 

@@ -16,7 +16,7 @@ def fault(rule: str, what: str, *changes: str) -> Fault:
 
 
 MASK = "scores[..., S - T :].masked_fill_(future, -math.inf)"
-READ = "a, weights = self.attention(x, c_mem, mem, positions)"
+READ = "a, weights = self.attention(x, c_mem, mem, positions, need_weights=by_use)"
 EVICT = "old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]"
 JOIN = "c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)"
 CUT = "c_mem[:, max(0, c_mem.size(1) - c_mem_len) :]"
@@ -32,7 +32,7 @@ LAYERS = "self.norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.
 FAULTS = [
     # ------------------------------------------------------------------------------- attention
     fault("ATT-1", "no causal mask", MASK, "pass"),
-    fault("ATT-1", "the mask is a column late", "bool, device=x.device).triu(1)", "bool).triu(2)"),
+    fault("ATT-1", "the mask is a column late", "bool, device=scores.device).triu(1)", "bool).triu(2)"),
     fault("ATT-1", "the mask is too weak", MASK, MASK.replace("-math.inf", "-9.0")),
     fault("ATT-1", "no mask in segments of two", MASK, f"T != 2 and {MASK}"),
     fault(
@@ -48,8 +48,8 @@ FAULTS = [
     fault(
         "ATT-3",
         "a query does not see itself",
-        "device=x.device).triu(1)",
-        "device=x.device).triu(0)",
+        "device=scores.device).triu(1)",
+        "device=scores.device).triu(0)",
     ),
     fault(
         "ATT-3", "the shift is off by one", "[..., T - 1 : T - 1 + T * S]", "[..., T : T + T * S]"
@@ -76,9 +76,14 @@ FAULTS = [
     fault(
         "ATT-3", "cosines before sines", "[angle.sin(), angle.cos()]", "[angle.cos(), angle.sin()]"
     ),
-    fault("ATT-3", "no content bias", "q + scale * self.content_bias", "q + 0 * self.content_bias"),
     fault(
-        "ATT-3", "a bias is not scaled", "q + scale * self.position_bias", "q + self.position_bias"
+        "ATT-3", "no content bias", "q + (scale * self.content_bias", "q + (0 * self.content_bias"
+    ),
+    fault(
+        "ATT-3",
+        "a bias is not scaled",
+        "q + (scale * self.position_bias",
+        "q + (self.position_bias",
     ),
     fault("ATT-3", "scaled by the whole width", "scale = K**-0.5", "scale = D**-0.5"),
     fault(
@@ -242,7 +247,7 @@ FAULTS = [
         "MEM-6",
         "new slots are read at once, where memory is full",
         READ,
-        "like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0) - 1)\n        early = self.remember(x, mem, c_mem, like)[1]\n        "
+        "like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0) - 1) if by_use else None\n        early = self.remember(x, mem, c_mem, like, False)[1]\n        "
         + READ.replace("c_mem,", "early if early.shape == c_mem.shape else c_mem,"),
     ),
     fault("MEM-7", "outputs are stored", "*self.remember(x, mem", "*self.remember(h, mem"),
@@ -257,7 +262,7 @@ FAULTS = [
         "MEM-8",
         "memory is changed in place",
         "loss = x.new_zeros(())",
-        "loss = x.new_zeros(())\n        weights.untyped_storage()\n        given.mul_(0.5)",
+        "loss = x.new_zeros(())\n        given.mul_(0.5)",
         "config, compress = self.config, self.compress",
         "config, compress, given = self.config, self.compress, mem",
     ),
@@ -403,8 +408,8 @@ FAULTS = [
     fault(
         "LOSS-2",
         "no gradient through the values",
-        "mixed = torch.bmm(kept, v)",
-        "mixed = torch.bmm(kept, v.detach())",
+        "self.dropout, self.training), v_h))",
+        "self.dropout, self.training), v_h.detach()))",
         "@ w_v.mT",
         "@ w_v.detach().mT",
     ),
@@ -481,8 +486,8 @@ FAULTS = [
     fault(
         "MOD-2",
         "no loss in evaluation mode",
-        'if self.compression_loss != "none":',
-        'if self.compression_loss != "none" and self.training:',
+        'if need_loss and self.compression_loss != "none":',
+        'if need_loss and self.compression_loss != "none" and self.training:',
     ),
     fault(
         "MOD-3",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..adapters import reference
 
-READ = "a, weights = self.attention(x, c_mem, mem, positions)"
+READ = "a, weights = self.attention(x, c_mem, mem, positions, need_weights=by_use)"
 UPDATE = "overflow = max(0, held.size(1) - mem_len)"
 OLD = "    old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]\n"
 ASKS = "if self.c_mem_len > 0:"
@@ -62,10 +62,10 @@ VARIANTS = {
                 "        self.other = nn.Linear(d_model, 2 * d_model, bias=False)",
             ),
             (
-                "kv = torch.cat([self.key_value(part) for part in (c_mem, mem, x)], dim=1)",
-                "kv = torch.cat([self.other(c_mem), self.key_value(mem), self.key_value(x)], dim=1)",
+                "[self.key_value(part) for part in slots]",
+                "[self.other(slots[0]), *map(self.key_value, slots[1:])]",
             ),
-            ("if T < K:", "if False:"),
+            ("self.attend_to_slots if T < K else self.attend_to_keys", "self.attend_to_keys"),
         ),
     ),
     "what c does not divide is filled up with zeros": (
