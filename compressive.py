@@ -504,7 +504,7 @@ class CompressiveTransformerLayer(nn.Module):
         """The next step's mem and c_mem, and the compression loss. No gradient passes from step to
         step, unless `bptt` asks for it, nor from the loss to anything but f_c (and g)."""
         config, compress = self.config, self.compress
-        if weights is not None:
+        if isinstance(compress, MostUsedCompression):
             compress = partial(compress, usage=compress.usage(weights, mem.size(1) + x.size(1)))
         if not config.bptt:
             x, mem, c_mem = x.detach(), mem.detach(), c_mem.detach()
