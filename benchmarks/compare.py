@@ -7,26 +7,30 @@
 
 The packages are those that `spec_tests/adapters/` names; one that is missing is left out. In every
 round each implementation has its turn, so that what else the machine does hits them alike; shown
-are medians over the rounds, and in brackets the smallest and the largest.
+are medians over the rounds, and in brackets the smallest and the largest. Every row comes from a
+process of its own, since what ran before in a process shapes what large tensors cost there.
 
 A training step is forward, compression, both losses, backward, clipping and AdamW (fused), on
 memories that are full and overflow. All get the same optimiser and the same width of feed-forward;
-in bfloat16, matrix products under autocast. Generation is of one row, a token at a time, greedy, in
-the way that each implementation brings along (lucidrains' feeds the segment so far again with every
-token: timed are segments filled to 1/8, 3/8, 5/8 and 7/8). The limit is the rate at which the
-step's floating-point operations would be done as products of the feed-forward's shape.
+in bfloat16, matrix products under autocast. Generation is of one row, a token at a time, greedy,
+with parameters and memories in the dtype, which is faster than autocast for all three, in the way
+that each implementation brings along. (lucidrains' feeds the segment so far again with every token:
+timed are segments filled to 1/8, 3/8, 5/8 and 7/8.) The limit is the rate at which the step's
+floating-point operations would be done as products of the feed-forward's shape.
 """
 
 import argparse
 import importlib
+import multiprocessing
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +67,15 @@ class Subject:
     """One implementation in one dtype, with full memories, ready to train and to generate."""
 
     def __init__(
-        self, name: str, settings: Settings, batch: int, device: str, dtype: str, compiled: bool
+        self,
+        name: str,
+        settings: Settings,
+        batch: int,
+        device: str,
+        dtype: str,
+        *,
+        train: bool = True,
+        compiled: bool = False,
     ) -> None:
         torch.manual_seed(0)
         self.impl: Implementation = load(f"spec_tests.adapters.{name}")
@@ -74,7 +86,8 @@ class Subject:
             for layer in model.ff_layers:
                 mult = settings.d_ff // settings.d_model
                 layer.fn.fn = module.FeedForward(settings.d_model, mult=mult)
-        self.model = model.to(device).train()
+        self.dtype = torch.float32 if train else getattr(torch, dtype)
+        self.model = model.to(device, self.dtype).train(train)
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.state = self.full(batch)
@@ -84,8 +97,9 @@ class Subject:
     def full(self, batch: int) -> Any:
         """A state with full memories."""
         lengths, D = (self.settings.mem_len, self.settings.c_mem_len), self.settings.d_model
+        how = {"device": self.device, "dtype": self.dtype}
         slots = [
-            Slots(*(torch.randn(batch, length, D, device=self.device) for length in lengths))
+            Slots(*(torch.randn(batch, length, D, **how) for length in lengths))
             for _ in range(self.settings.n_layers)
         ]
         return self.impl.replace(self.impl.start(self.model, batch), slots)
@@ -107,22 +121,17 @@ class Subject:
     @torch.no_grad()
     def seconds_per_token(self, count: int) -> float:
         """Of generating so many tokens."""
-        self.model.eval()
         state, token = self.full(1), self.tokens(1, 1)
-        with self.autocast:
-            if self.name == "reference":
-                return self.clock(
-                    lambda: self.model.generate(token, count, temperature=0, memory=state), count
-                )
-            if self.name == "labml":
-                return self.clock(lambda: self.one_by_one(token, state, count), count)
-            segment = self.settings.segment
-            fed = [self.tokens(1, segment * eighth // 8) for eighth in (1, 3, 5, 7)]
-            repeats = -(-count // len(fed))
-            return self.clock(
-                lambda: [self.model(x, state)[0].argmax() for x in fed * repeats],
-                repeats * len(fed),
-            )
+        if self.name == "reference":
+            generate = partial(self.model.generate, token, count, temperature=0, memory=state)
+            return self.clock(generate, count)
+        if self.name == "labml":
+            return self.clock(partial(self.one_by_one, token, state, count), count)
+        fed = [self.tokens(1, self.settings.segment * eighth // 8) for eighth in (1, 3, 5, 7)]
+        repeats = -(-count // len(fed))
+        return self.clock(
+            lambda: [self.model(x, state)[0].argmax() for x in fed * repeats], repeats * len(fed)
+        )
 
     def one_by_one(self, token: Tensor, state: Any, count: int) -> None:
         """As labml's sampler does it, without the loss."""
@@ -192,121 +201,108 @@ def matrix_rate(settings: Settings, rows: int, device: str, dtype: str) -> float
     return 2 * rows * settings.d_model * settings.d_ff / best
 
 
-def training(args: argparse.Namespace, names: list[str]) -> None:
-    print("\nTraining, tokens/s:")
-    header("settings", "dtype", *names, *(f"x {p}" for p in names[1:]), "limit", "share of it")
-    for setting in args.settings:
-        settings, batch = settings_of(setting)
-        for dtype in ("float32", "bfloat16"):
-            subjects = {
-                n: Subject(n, settings, batch, args.device, dtype, args.compile) for n in names
-            }
-            work = batch * settings.segment
-            counts = {}
-            for name, subject in subjects.items():
-                for _ in range(3):
-                    subject.train()
-                counts[name] = max(2, int(args.seconds / subject.clock(subject.train, 1)))
+def training(args: argparse.Namespace, names: list[str], setting: str, dtype: str) -> list:
+    settings, batch = settings_of(setting)
+    how = (settings, batch, args.device, dtype)
+    subjects = {name: Subject(name, *how, compiled=args.compile) for name in names}
+    work, counts = batch * settings.segment, {}
+    for name, subject in subjects.items():
+        for _ in range(3):
+            subject.train()
+        counts[name] = max(2, int(args.seconds / subject.clock(subject.train, 1)))
 
-            def turn(subject: Subject, counts: dict = counts) -> float:
-                count = counts[subject.name]
-                return subject.clock(lambda: [subject.train() for _ in range(count)], count)
+    def turn(subject: Subject) -> float:
+        count = counts[subject.name]
+        return subject.clock(lambda: [subject.train() for _ in range(count)], count)
 
-            found = alternate(subjects, args.rounds, turn)
-            with FlopCounterMode(display=False) as counter:
-                subjects["reference"].train()
-            limit = work * matrix_rate(settings, work, args.device, dtype)
-            limit /= counter.get_total_flops()
-            share = work / statistics.median(found["reference"]) / limit
-            row(
-                setting,
-                dtype,
-                *(shown(found[name], work) for name in names),
-                *(ratio(found["reference"], found[peer]) for peer in names[1:]),
-                f"{limit:,.0f}",
-                f"{share:.0%}",
-            )
+    found = alternate(subjects, args.rounds, turn)
+    with FlopCounterMode(display=False) as counter:
+        subjects["reference"].train()
+    limit = work * matrix_rate(settings, work, args.device, dtype) / counter.get_total_flops()
+    share = work / statistics.median(found["reference"]) / limit
+    return [*rates_and_ratios(found, work), f"{limit:,.0f}", f"{share:.0%}"]
 
 
-def generation(args: argparse.Namespace, names: list[str]) -> None:
-    print("\nGeneration of one row, tokens/s:")
-    header("settings", "dtype", *names, *(f"x {peer}" for peer in names[1:]))
-    for setting in args.settings:
-        settings, _ = settings_of(setting)
-        for dtype in ("float32", "bfloat16"):
-            subjects = {n: Subject(n, settings, 1, args.device, dtype, False) for n in names}
-            alternate(subjects, 1, lambda subject: subject.seconds_per_token(4))
-            found = alternate(
-                subjects, args.rounds, lambda subject: subject.seconds_per_token(args.tokens)
-            )
-            row(
-                setting,
-                dtype,
-                *(shown(found[name], 1) for name in names),
-                *(ratio(found["reference"], found[peer]) for peer in names[1:]),
-            )
+def generation(args: argparse.Namespace, names: list[str], setting: str, dtype: str) -> list:
+    settings, _ = settings_of(setting)
+    subjects = {name: Subject(name, settings, 1, args.device, dtype, train=False) for name in names}
+    alternate(subjects, 1, lambda subject: subject.seconds_per_token(4))
+    found = alternate(subjects, args.rounds, lambda subject: subject.seconds_per_token(args.tokens))
+    return rates_and_ratios(found, 1)
+
+
+def rates_and_ratios(found: dict[str, list[float]], work: int) -> list[str]:
+    ratios = [ratio(found["reference"], theirs) for theirs in list(found.values())[1:]]
+    return [*(shown(seconds, work) for seconds in found.values()), *ratios]
 
 
 def peak(name: str, device: str, dtype: str, settings: Settings, batch: int) -> float:
-    """MiB that a few training steps take at the most, of a process of their own: above what
-    importing takes (CPU), or allocated (CUDA)."""
-    code = (
-        "import sys; sys.path.insert(0, 'benchmarks'); import compare; "
-        f"compare.report_peak({name!r}, {device!r}, {dtype!r}, {tuple(settings)!r}, {batch})"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    ran = subprocess.run(
-        command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True
-    )
-    return float(ran.stdout.split()[-1])
+    """MiB that a few training steps take at the most: above what importing takes (CPU; only the
+    first call in a process is right), or allocated (CUDA)."""
 
-
-def report_peak(name: str, device: str, dtype: str, settings: tuple, batch: int) -> None:
     def resident() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     load(f"spec_tests.adapters.{name}")
     before = resident()
-    subject = Subject(name, Settings(*settings), batch, device, dtype, False)
+    subject = Subject(name, settings, batch, device, dtype)
     for _ in range(3):
         subject.train()
-    cuda = device == "cuda"
-    print(torch.cuda.max_memory_allocated() / 2**20 if cuda else resident() - before)
+    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident() - before
 
 
-def memory(args: argparse.Namespace, names: list[str]) -> None:
-    print("\nPeak memory of training steps, model and optimiser included, MiB:")
-    header("settings", "dtype", *names, "share of the smaller peer")
-    for setting in args.settings:
-        settings, batch = settings_of(setting)
-        for dtype in ("float32", "bfloat16"):
-            found = [peak(name, args.device, dtype, settings, batch) for name in names]
-            share = f"{found[0] / min(found[1:]):.2f}" if found[1:] else ""
-            row(setting, dtype, *(f"{mib:,.0f}" for mib in found), share)
+def memory(args: argparse.Namespace, names: list[str], setting: str, dtype: str) -> list:
+    settings, batch = settings_of(setting)
+    found = [afresh(peak, name, args.device, dtype, settings, batch) for name in names]
+    share = f"{found[0] / min(found[1:]):.2f}" if found[1:] else ""
+    return [*(f"{mib:,.0f}" for mib in found), share]
 
 
-def length(args: argparse.Namespace, names: list[str]) -> None:
-    print("\nOurs by length (small but for batch 1, three quarters of the slots in memory):")
-    header("slots", "ms a step", "us a slot", "peak MiB")
+def length(args: argparse.Namespace, slots: int) -> list:
     settings, _ = settings_of("small")
-    for slots in LENGTHS:
-        longer = settings._replace(mem_len=slots * 3 // 4, c_mem_len=slots // 4)
-        subject = Subject("reference", longer, 1, args.device, "float32", False)
-        subject.train()
-        ms = 1000 * statistics.median(
-            subject.clock(subject.train, 1) for _ in range(3 * args.rounds)
-        )
-        mib = peak("reference", args.device, "float32", longer, 1)
-        row(slots, f"{ms:.0f}", f"{1000 * ms / slots:.0f}", f"{mib:,.0f}")
+    longer = settings._replace(mem_len=slots * 3 // 4, c_mem_len=slots // 4)
+    mib = afresh(peak, "reference", args.device, "float32", longer, 1)
+    subject = Subject("reference", longer, 1, args.device, "float32")
+    subject.train()
+    times = [subject.clock(subject.train, 1) for _ in range(3 * args.rounds)]
+    ms = 1000 * statistics.median(times)
+    return [f"{ms:.0f}", f"{1000 * ms / slots:.0f}", f"{mib:,.0f}"]
 
 
-TABLES = {"training": training, "generation": generation, "memory": memory, "length": length}
+def afresh(call: Callable, *args: object) -> Any:
+    """What the call returns in a new process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:  # unlike Pool's, may have children
+        return pool.submit(call, *args).result()
+
+
+TITLES = {
+    "training": "Training, tokens/s",
+    "generation": "Generation of one row, tokens/s",
+    "memory": "Peak memory of training steps, model and optimiser included, MiB",
+    "length": "Ours by length (small but for batch 1, three quarters of the slots in memory)",
+}
+
+
+def table(name: str, args: argparse.Namespace, names: list[str]) -> None:
+    print(f"\n{TITLES[name]}:")
+    if name == "length":
+        header("slots", "ms a step", "us a slot", "peak MiB")
+        for slots in LENGTHS:
+            row(slots, *afresh(length, args, slots))
+        return
+    ratios = [f"x {peer}" for peer in names[1:]]
+    more = {"training": [*ratios, "limit", "share of it"], "generation": ratios}
+    header("settings", "dtype", *names, *more.get(name, ["share of the smaller peer"]))
+    for setting in args.settings:
+        for dtype in ("float32", "bfloat16"):
+            row(setting, dtype, *afresh(globals()[name], args, names, setting, dtype))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    add("--tables", nargs="+", choices=TITLES, default=list(TITLES))
     add("--settings", nargs="+", choices=SETTINGS, default=["seed", "small", "medium", "long"])
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--compile", action="store_true", help="torch.compile the models in training")
@@ -322,14 +318,16 @@ def main() -> None:
         except Unusable as error:
             print(f"{peer} is left out: {error}")
     card = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    versions = [f"{name} {load(f'spec_tests.adapters.{name}').declared.version}" for name in names]
+    versions = [
+        f"{name} {load(f'spec_tests.adapters.{name}').declared.version}" for name in names[1:]
+    ]
     print(
         f"{args.device} ({card or platform.machine()}), {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, Python {platform.python_version()}; {', '.join(versions)}; "
         f"{args.rounds} rounds{', compiled' if args.compile else ''}"
     )
-    for table in args.tables:
-        TABLES[table](args, names)
+    for name in args.tables:
+        table(name, args, names)
 
 
 if __name__ == "__main__":
