@@ -331,7 +331,7 @@ def test_attention_weights_drop_out_if_asked(dropout: dict[str, float]):
     assert dropout or torch.equal(outputs[0][0], whole)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("heads", [0, 1, 2, 4])
 def test_heads_taken_in_groups_are_those_taken_at_once(heads: int, monkeypatch):
     attention = api.RelativeMultiHeadAttention(16, 4).double()
     sizes = {"c_mem": 2, "mem": 3, "x": 5}  # as many queries as a head is wide, and more
@@ -351,6 +351,7 @@ def test_heads_taken_in_groups_are_those_taken_at_once(heads: int, monkeypatch):
     )
     for came, expected in zip(results(), whole, strict=True):
         torch.testing.assert_close(came, expected, rtol=1e-12, atol=1e-12)
+    heads = max(heads, 1)
     assert sorted(set(sizes)) == [heads, 2 * heads]  # of heads, and of heads times rows
     assert attention(**slots, positions=reference.adapter.sinusoid(11, 16))[1] is None
 
