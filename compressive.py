@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------ notation
 
@@ -65,6 +66,9 @@ class Config:
     norm_first: bool = setting(True, "pre-norm, x + f(LN(x)); if not, post-norm, LN(x + f(x))")
     dropout: float = setting(0.0, "of embeddings, attention weights and both branches of a layer")
     bptt: bool = setting(False, "memories keep their graph: a later loss reaches f_c through them")
+    recompute: bool = setting(
+        False, "backward runs layers again, which need not keep what they make"
+    )
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, expected: str) -> None:
@@ -77,7 +81,7 @@ class Config:
         for name in ("mem_len", "c_mem_len"):
             value = getattr(self, name)
             need(type(value) is int and value >= 0, name, "an integer of at least 0")
-        for name in ("norm_first", "bptt"):
+        for name in ("norm_first", "bptt", "recompute"):
             need(type(getattr(self, name)) is bool, name, "True or False")
         heads, rate = self.n_heads, self.compression_rate
         need(self.d_model % heads == 0, "d_model", f"divisible by n_heads = {heads}")
@@ -143,6 +147,17 @@ def relative_shift(scores: Tensor) -> Tensor:
 SCORES_AT_ONCE = 2**21
 
 
+class Attended(NamedTuple):
+    """What attention returns: the output `[B, T, D]`; the weights `[B, H, T, S]`, if needed; and,
+    for the compression loss, the queries, scaled, `[H*B, T, K]`, and the keys and values of all
+    slots, `[2, H*B, S, K]`, if it has made any."""
+
+    output: Tensor
+    weights: Tensor | None
+    q: Tensor
+    kv: Tensor | None
+
+
 class RelativeMultiHeadAttention(nn.Module):
     """Causal attention over memory and segment with relative positions (Transformer-XL, sec. 3.3):
 
@@ -167,12 +182,10 @@ class RelativeMultiHeadAttention(nn.Module):
         positions: Tensor,
         *,
         need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Attended:
         """Attend from `x [B, T, D]` to `c_mem [B, C, D]`, `mem [B, M, D]` and to x itself up to
         one's own position; `positions [S + 1, D]` is the `sinusoid` of the distances S - 1, ..., 0
         and of -1, which `relative_shift` wastes.
-
-        Returns the output `[B, T, D]` and, only if needed, the attention weights `[B, H, T, S]`.
 
         Products are associative: q (W k) is (q W) k. Where there are fewer queries than a head is
         wide, as in generation, it is they that W is applied to, and no slot has to be projected.
@@ -181,34 +194,34 @@ class RelativeMultiHeadAttention(nn.Module):
         S, K = c_mem.size(1) + mem.size(1) + T, D // H
         if positions.shape != (S + 1, D):
             raise ValueError(f"positions must be [{S + 1}, {D}], got {list(positions.shape)}")
-        scale = K**-0.5
-        q = self.heads(self.query(x)).view(H, B * T, K) * scale
-        by_content = q + (scale * self.content_bias[:, None]).to(q.dtype)
-        by_distance = q + (scale * self.position_bias[:, None]).to(q.dtype)
+        q, biases = self.queries(x), (self.content_bias, self.position_bias)
+        biases = [(K**-0.5 * bias[:, None]).to(q.dtype) for bias in biases]
+        queries = [q.view(H, B * T, K) + bias for bias in biases]
         attend = self.attend_to_slots if T < K else self.attend_to_keys
-        found, weights = attend(by_content, by_distance, slots, positions, need_weights)
+        found, weights, kv = attend(queries, slots, positions, need_weights)
         found = found.view(H, B, T, K).permute(1, 2, 0, 3).flatten(2)  # [B, T, D]
         whole = torch.cat(weights).view(H, B, T, S).transpose(0, 1) if need_weights else None
-        return self.output(found), whole
+        return Attended(self.output(found), whole, q, kv)
 
     def attend_to_keys(
         self,
-        by_content: Tensor,
-        by_distance: Tensor,
+        queries: list[Tensor],
         slots: tuple[Tensor, ...],
         positions: Tensor,
         need_weights: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """Queries `[H, B*T, K]`, q + u and q + v, scaled, and slots, projected to keys and values
-        -> what the heads found, `[H*B, T, K]`, and the weights, in parts, if they are needed."""
+        -> what the heads found, `[H*B, T, K]`, the weights, in parts, if they are needed, and the
+        keys and values."""
         # The memories need no gradient: products of their own, not one over all slots, save it.
         kv = torch.cat([self.key_value(part) for part in slots], dim=1)  # [B, S, 2*D]
         (B, S, _), H, T = kv.shape, self.n_heads, slots[-1].size(1)
+        kv = self.heads(kv, parts=2)  # [2, H*B, S, K]
         on_cpu = kv.device.type == "cpu"
         group = max(1, SCORES_AT_ONCE // (B * T * S)) if on_cpu else H  # heads at once
-        k, v = (x.split(group * B) for x in self.heads(kv, parts=2))  # [group*B, S, K] each
+        k, v = (x.split(group * B) for x in kv)  # [group*B, S, K] each
         r = self.heads(self.relative_key(positions[None]))[0].split(group)  # [group, S + 1, K]
-        by_distance, by_content = by_distance.split(group), by_content.split(group)
+        by_content, by_distance = (x.split(group) for x in queries)  # [group, B*T, K] each
         found, handed_out = [], []
         for q_k, k_h, v_h, q_r, r_h in zip(by_content, k, v, by_distance, r, strict=True):
             scores = relative_shift(torch.bmm(q_r, r_h.mT).view(-1, T, S + 1))
@@ -216,19 +229,19 @@ class RelativeMultiHeadAttention(nn.Module):
             weights = self.masked_softmax(scores)  # [group*B, T, S]
             found.append(torch.bmm(F.dropout(weights, self.dropout, self.training), v_h))
             handed_out += [weights] * need_weights
-        return torch.cat(found), handed_out
+        return torch.cat(found), handed_out, kv
 
     def attend_to_slots(
         self,
-        by_content: Tensor,
-        by_distance: Tensor,
+        queries: list[Tensor],
         slots: tuple[Tensor, ...],
         positions: Tensor,
         need_weights: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The same, but the queries go through W_k to the slots, and what they find through W_v:
-        `-> [H, B*T, K]`."""
-        (H, _, K), D, S = by_content.shape, positions.size(1), positions.size(0) - 1
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """The same, but the queries go through W_k to the slots, and what they find, `[H, B*T, K]`,
+        through W_v. There are no keys and values."""
+        (by_content, by_distance), S = queries, positions.size(0) - 1
+        (H, _, K), D = by_content.shape, positions.size(1)
         B, T, _ = slots[-1].shape
         w_k, w_v = self.key_value.weight.view(2, H, K, D)
         w_r = self.relative_key.weight.view(H, K, D)
@@ -242,7 +255,7 @@ class RelativeMultiHeadAttention(nn.Module):
         parts = zip(kept.split([part.size(1) for part in slots], dim=2), slots, strict=True)
         found = sum(torch.bmm(to_part, part) for to_part, part in parts)  # [B, H*T, D]
         found = found.view(B, H, T, D).transpose(0, 1).reshape(H, B * T, D)
-        return found @ w_v.mT, [weights] * need_weights
+        return found @ w_v.mT, [weights] * need_weights, None
 
     @staticmethod
     def masked_softmax(scores: Tensor) -> Tensor:
@@ -262,14 +275,22 @@ class RelativeMultiHeadAttention(nn.Module):
         """`[H, B*T, N]` or `[H, B, T, N] -> [B, H*T, N]`."""
         return x.reshape(self.n_heads, rows, -1, x.size(-1)).transpose(0, 1).flatten(1, 2)
 
-    def content(self, x: Tensor, slots: Tensor) -> Tensor:
-        """The attention that Algorithm 2 compares: of `x [B, T, D]` over `slots [B, N, D]`, by
-        content alone, without mask, dropout or output projection, and with the parameters held
-        constant. Returns `[H*B, T, K]`."""
-        (q,) = self.heads(F.linear(x, self.query.weight.detach()))
-        k, v = self.heads(F.linear(slots, self.key_value.weight.detach()), parts=2)
-        scores = torch.bmm(q * q.size(-1) ** -0.5, k.mT)  # [H*B, T, N]
-        return torch.bmm(scores.softmax(dim=-1), v)
+    def queries(self, x: Tensor) -> Tensor:
+        """The queries of `x [B, T, D]`, scaled: `[H*B, T, K]`."""
+        q = self.heads(self.query(x))[0]
+        return q * q.size(-1) ** -0.5
+
+    def project(self, slots: Tensor) -> Tensor:
+        """Keys and values of `slots [B, N, D]`, with the parameters held constant, for the
+        compression loss: `[2, H*B, N, K]`."""
+        return self.heads(F.linear(slots, self.key_value.weight.detach()), parts=2)
+
+    @staticmethod
+    def content(q: Tensor, kv: Tensor) -> Tensor:
+        """The attention that Algorithm 2 compares, by content alone, without mask, dropout or
+        output projection: `q [H*B, T, K]`, scaled, and `kv [2, H*B, N, K] -> [H*B, T, K]`."""
+        scores = torch.bmm(q, kv[0].mT)  # [H*B, T, N]
+        return torch.bmm(scores.softmax(dim=-1, dtype=scores.dtype), kv[1])
 
 
 # ------------------------------------------------------------- compression functions (section 3)
@@ -415,16 +436,17 @@ def update_memory(
 
 
 def attention_reconstruction_loss(
-    attention: RelativeMultiHeadAttention, h: Tensor, old: Tensor, compressed: Tensor
+    attention: RelativeMultiHeadAttention, q: Tensor, kv: Tensor, compressed: Tensor
 ) -> Tensor:
     """How far attention over the compressed slots is from attention over the memories that they
-    stand for (Algorithm 2), as a mean square: `h [B, T, D]`, `old [B, c*n, D]`,
-    `compressed [B, n, D] -> []`. Only `compressed` carries a gradient; zero if there is no slot."""
-    if old.size(1) == 0:
-        return h.new_zeros(())
-    with torch.no_grad():
-        target = attention.content(h, old)
-    return F.mse_loss(attention.content(h.detach(), compressed), target)
+    stand for (Algorithm 2), as a mean square: queries, scaled, `q [H*B, T, K]`, keys and values of
+    those memories `kv [2, H*B, c*n, K]`, `compressed [B, n, D] -> []`. Only `compressed` carries a
+    gradient; zero if there is no slot."""
+    if kv.size(2) == 0:
+        return compressed.new_zeros(())
+    q, kv = q.detach(), kv.detach()
+    target = attention.content(q, kv)
+    return F.mse_loss(attention.content(q, attention.project(compressed)), target)
 
 
 class Decompression(nn.Module):
@@ -489,25 +511,27 @@ class CompressiveTransformerLayer(nn.Module):
         pre_norm = self.config.norm_first
         x = self.attention_norm(h) if pre_norm else h  # what attention reads is what memory keeps
         by_use = isinstance(self.compress, MostUsedCompression)  # needs attention's weights
-        a, weights = self.attention(x, c_mem, mem, positions, need_weights=by_use)
+        read = self.attention(x, c_mem, mem, positions, need_weights=by_use)
         if pre_norm:
-            h = h + self.dropout(a)
+            h = h + self.dropout(read.output)
             h = h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
         else:
-            h = self.attention_norm(h + self.dropout(a))
+            h = self.attention_norm(h + self.dropout(read.output))
             h = self.feed_forward_norm(h + self.dropout(self.feed_forward(h)))
-        return h, *self.remember(x, mem, c_mem, weights, need_loss)
+        return h, *self.remember(x, mem, c_mem, read, need_loss)
 
     def remember(
-        self, x: Tensor, mem: Tensor, c_mem: Tensor, weights: Tensor | None, need_loss: bool
+        self, x: Tensor, mem: Tensor, c_mem: Tensor, read: Attended, need_loss: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The next step's mem and c_mem, and the compression loss. No gradient passes from step to
         step, unless `bptt` asks for it, nor from the loss to anything but f_c (and g)."""
         config, compress = self.config, self.compress
         if isinstance(compress, MostUsedCompression):
-            compress = partial(compress, usage=compress.usage(weights, mem.size(1) + x.size(1)))
+            usage = compress.usage(read.weights, mem.size(1) + x.size(1))
+            compress = partial(compress, usage=usage)
         if not config.bptt:
             x, mem, c_mem = x.detach(), mem.detach(), c_mem.detach()
+        first = c_mem.size(1)  # where, in attention's order, the memories begin
         mem, c_mem, old, compressed = update_memory(
             mem,
             c_mem,
@@ -526,7 +550,9 @@ class CompressiveTransformerLayer(nn.Module):
             if self.decompress is not None:
                 loss = autoencoding_loss(self.decompress, old, compressed)
             else:
-                loss = attention_reconstruction_loss(self.attention, x, old, compressed)
+                made, count = read.kv is not None, old.size(1)
+                kv = read.kv[:, :, first : first + count] if made else self.attention.project(old)
+                loss = attention_reconstruction_loss(self.attention, read.q, kv, compressed)
         return mem, c_mem if config.bptt else c_mem.detach(), loss
 
 
@@ -587,9 +613,11 @@ class CompressiveTransformer(nn.Module):
         dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 cannot count to 257
         distance = torch.arange(S - 1, -2, -1, dtype=dtype, device=h.device)  # to -1: attention's
         positions = sinusoid(distance, self.config.d_model).to(h.dtype)
+        recompute = self.config.recompute and torch.is_grad_enabled()
         mems, c_mems, losses = [], [], []
         for layer, mem, c_mem in zip(self.layers, *memory, strict=True):
-            h, mem, c_mem, loss = layer(h, mem, c_mem, positions, need_loss=need_loss)
+            run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            h, mem, c_mem, loss = run(h, mem, c_mem, positions, need_loss=need_loss)
             mems.append(mem)
             c_mems.append(c_mem)
             losses.append(loss)

@@ -6,7 +6,7 @@ import itertools
 import shutil
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
@@ -339,7 +339,7 @@ def test_heads_taken_in_groups_are_those_taken_at_once(heads: int, monkeypatch):
 
     def results() -> list:
         positions = reference.adapter.sinusoid(11, 16)
-        output, weights = attention(**slots, positions=positions, need_weights=True)
+        output, weights, *_ = attention(**slots, positions=positions, need_weights=True)
         learned = [slots["x"], *attention.parameters()]
         return [output, weights, *torch.autograd.grad(output.square().sum(), learned)]
 
@@ -367,6 +367,29 @@ def test_a_loss_that_is_not_needed_changes_nothing_else(compression_loss: str):
         for one, other in zip(memory, without.memory, strict=True):
             assert all(map(torch.equal, one, other))
     assert with_loss.compression_loss > 0
+
+
+@pytest.mark.parametrize("more", [{}, {"bptt": True, "dropout": 0.2}, {"compression": "most_used"}])
+def test_recomputing_changes_nothing_but_what_is_kept(more: dict):
+    text, kept = torch.randint(5, (2, 25)), {}
+
+    def train(recompute: bool) -> list:
+        torch.manual_seed(3)
+        model, memory, total = make(**more).train(), None, 0
+        model.config = replace(model.config, recompute=recompute)
+        saved = kept[recompute] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            for at in range(0, 24, 6):
+                logits, memory, loss = model(text[:, at : at + 6], memory)
+                targets = text[:, at + 1 : at + 7]
+                total = total + loss + F.cross_entropy(logits.mT, targets)
+        total.backward()
+        found = [total, *memory.mem, *memory.c_mem, *(p.grad for p in model.parameters())]
+        return [x for x in found if x is not None]
+
+    assert all(map(torch.equal, train(False), train(True)))
+    kept = {recompute: sum(x.numel() for x in saved) for recompute, saved in kept.items()}
+    assert kept[True] < 0.5 * kept[False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -515,13 +538,14 @@ def test_losses_alone_train_the_compressed_slots_alone():
     attention = api.RelativeMultiHeadAttention(8, 2).double()
     decompress = api.Decompression(8, 2).double()
     h, old, new = (torch.randn(2, n, 8, requires_grad=True) for n in (3, 4, 2))
-    api.attention_reconstruction_loss(attention, h, old, new).backward()
+    q, kv = attention.queries(h), attention.heads(attention.key_value(old), parts=2)
+    api.attention_reconstruction_loss(attention, q, kv, new).backward()
     assert h.grad is None and old.grad is None and new.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in attention.parameters())
     api.autoencoding_loss(decompress, old, new).backward()
     assert old.grad is None and decompress.conv.weight.grad.abs().sum() > 0
     for loss in (
-        api.attention_reconstruction_loss(attention, h, old[:, :0], new[:, :0]),
+        api.attention_reconstruction_loss(attention, q, kv[:, :, :0], new[:, :0]),
         api.autoencoding_loss(decompress, old[:, :0], new[:, :0]),
     ):
         assert loss == 0 and loss.shape == ()

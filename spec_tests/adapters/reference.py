@@ -89,9 +89,9 @@ class Adapter:
         layer = model.layers[layer]
         if model.config.compression_loss == "autoencoding":
             return self.module.autoencoding_loss(layer.decompress, old, layer.compress(old))
-        return self.module.attention_reconstruction_loss(
-            layer.attention, h, old, layer.compress(old)
-        )
+        attention = layer.attention
+        q, kv = attention.queries(h), attention.project(old)
+        return self.module.attention_reconstruction_loss(attention, q, kv, layer.compress(old))
 
     def layers(self, model: nn.Module, h: Tensor, state: Any) -> tuple[Tensor, Any, list[Tensor]]:
         S = state.c_mem[0].size(1) + state.mem[0].size(1) + h.size(1)
@@ -100,7 +100,9 @@ class Adapter:
         slots = []
         for layer, mem, c_mem in zip(model.layers, *state, strict=True):
             seen = layer.attention_norm(h) if model.config.norm_first else h
-            attention.append(layer.attention(seen, c_mem, mem, positions, need_weights=True)[1])
+            attention.append(
+                layer.attention(seen, c_mem, mem, positions, need_weights=True).weights
+            )
             h, mem, c_mem, _ = layer(h, mem, c_mem, positions)
             slots.append((mem, c_mem))
         return h, self.replace(state, slots), attention

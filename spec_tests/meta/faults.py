@@ -16,7 +16,7 @@ def fault(rule: str, what: str, *changes: str) -> Fault:
 
 
 MASK = "scores[..., S - T :].masked_fill_(future, -math.inf)"
-READ = "a, weights = self.attention(x, c_mem, mem, positions, need_weights=by_use)"
+READ = "read = self.attention(x, c_mem, mem, positions, need_weights=by_use)"
 EVICT = "old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]"
 JOIN = "c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)"
 CUT = "c_mem[:, max(0, c_mem.size(1) - c_mem_len) :]"
@@ -26,13 +26,15 @@ EMBED = "h = self.dropout(self.embedding(tokens))"
 DETACH = "x, mem, c_mem = x.detach(), mem.detach(), c_mem.detach()"
 RETURN = "return mem, c_mem if config.bptt else c_mem.detach(), loss"
 TURN = "for layer, mem, c_mem in zip(self.layers, *memory, strict=True):"
-LOSS = "loss = attention_reconstruction_loss(self.attention, x, old, compressed)"
+LOSS = "loss = attention_reconstruction_loss(self.attention, read.q, kv, compressed)"
 LAYERS = "self.norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()"
 
 FAULTS = [
     # ------------------------------------------------------------------------------- attention
     fault("ATT-1", "no causal mask", MASK, "pass"),
-    fault("ATT-1", "the mask is a column late", "bool, device=scores.device).triu(1)", "bool).triu(2)"),
+    fault(
+        "ATT-1", "the mask is a column late", "bool, device=scores.device).triu(1)", "bool).triu(2)"
+    ),
     fault("ATT-1", "the mask is too weak", MASK, MASK.replace("-math.inf", "-9.0")),
     fault("ATT-1", "no mask in segments of two", MASK, f"T != 2 and {MASK}"),
     fault(
@@ -77,15 +79,23 @@ FAULTS = [
         "ATT-3", "cosines before sines", "[angle.sin(), angle.cos()]", "[angle.cos(), angle.sin()]"
     ),
     fault(
-        "ATT-3", "no content bias", "q + (scale * self.content_bias", "q + (0 * self.content_bias"
+        "ATT-3",
+        "no content bias",
+        "(self.content_bias, self.position_bias)",
+        "(0 * self.content_bias, self.position_bias)",
     ),
     fault(
         "ATT-3",
         "a bias is not scaled",
-        "q + (scale * self.position_bias",
-        "q + (self.position_bias",
+        "K**-0.5 * bias[:, None]",
+        "bias[:, None]",
     ),
-    fault("ATT-3", "scaled by the whole width", "scale = K**-0.5", "scale = D**-0.5"),
+    fault(
+        "ATT-3",
+        "scaled by the whole width",
+        "return q * q.size(-1) ** -0.5",
+        "return q * x.size(-1) ** -0.5",
+    ),
     fault(
         "ATT-4",
         "positions grow with the stream",
@@ -360,8 +370,8 @@ FAULTS = [
     fault(
         "LOSS-1",
         "the loss trains the queries",
-        "F.linear(x, self.query.weight.detach())",
-        "F.linear(x, self.query.weight)",
+        "q, kv = q.detach(), kv.detach()",
+        "kv = kv.detach()",
     ),
     fault(
         "LOSS-1",
@@ -371,16 +381,16 @@ FAULTS = [
     ),
     fault(
         "LOSS-1",
-        "h is not held constant",
-        "attention.content(h.detach(), compressed), target",
-        "attention.content(h, compressed), target",
+        "the memories are not held constant",
+        "q, kv = q.detach(), kv.detach()",
+        "q = q.detach()",
     ),
     fault("LOSS-1", "the block is not held constant", "                old = old.detach()\n", ""),
     fault(
         "LOSS-1",
         "the compressed slots are held constant",
-        "attention.content(h.detach(), compressed), target",
-        "attention.content(h.detach(), compressed.detach()), target",
+        "attention.project(compressed)), target",
+        "attention.project(compressed.detach())), target",
     ),
     fault(
         "LOSS-1",
@@ -416,33 +426,33 @@ FAULTS = [
     fault(
         "LOSS-3",
         "dropout in the loss",
-        "return torch.bmm(scores.softmax(dim=-1), v)",
-        "return torch.bmm(F.dropout(scores.softmax(dim=-1), 0.5), v)",
+        "return torch.bmm(scores.softmax(dim=-1, dtype=scores.dtype), kv[1])",
+        "return torch.bmm(F.dropout(scores.softmax(dim=-1), 0.5), kv[1])",
     ),
     fault(
         "LOSS-3",
         "compared with what stays",
         LOSS,
-        LOSS.replace(" old,", " torch.cat([old, mem], dim=1),"),
+        LOSS.replace(" kv,", " self.attention.project(torch.cat([old, mem], dim=1)),"),
     ),
     fault(
         "LOSS-4",
         "compared with what stays, where something does",
         LOSS,
-        LOSS.replace(" old,", " mem if mem.size(1) else old,"),
+        LOSS.replace(" kv,", " self.attention.project(mem if mem.size(1) else old),"),
     ),
     fault(
         "LOSS-5",
         "no scale",
-        "scores = torch.bmm(q * q.size(-1) ** -0.5, k.mT)",
-        "scores = torch.bmm(q, k.mT)",
+        "scores = torch.bmm(q, kv[0].mT)",
+        "scores = torch.bmm(q * q.size(-1) ** 0.5, kv[0].mT)",
     ),
     fault("LOSS-5", "a sum over layers", "torch.stack(losses).mean()", "torch.stack(losses).sum()"),
     fault(
         "LOSS-5",
         "the rows mixed up",
-        "target = attention.content(h, old)",
-        "target = attention.content(h, old.flip(0))",
+        "target = attention.content(q, kv)",
+        "target = attention.content(q, kv.flip(1))",
     ),
     fault(
         "LOSS-5",
@@ -459,8 +469,8 @@ FAULTS = [
     fault(
         "LOSS-6",
         "half the gradient",
-        "h.detach(), compressed), target",
-        "h.detach(), (compressed + compressed.detach()) / 2), target",
+        "attention.project(compressed)), target",
+        "attention.project((compressed + compressed.detach()) / 2)), target",
     ),
     # ------------------------------------------------------------------------------- the model
     fault(

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..adapters import reference
 
-READ = "a, weights = self.attention(x, c_mem, mem, positions, need_weights=by_use)"
+READ = "read = self.attention(x, c_mem, mem, positions, need_weights=by_use)"
 UPDATE = "overflow = max(0, held.size(1) - mem_len)"
 OLD = "    old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]\n"
 ASKS = "if self.c_mem_len > 0:"
-LOSS = "loss = attention_reconstruction_loss(self.attention, x, old, compressed)"
+LOSS = "loss = attention_reconstruction_loss(self.attention, read.q, kv, compressed)"
 
 # name -> what the adapter declares, what it has not, and what stands instead of what
 VARIANTS = {
@@ -47,8 +47,9 @@ VARIANTS = {
                 LOSS,
                 "norm = self.attention_norm\n                "
                 "w, b = norm.weight.detach(), norm.bias.detach()\n                "
-                "read = [F.layer_norm(y, w.shape, w, b) for y in (x, old, compressed)]\n                "
-                "loss = attention_reconstruction_loss(self.attention, *read)",
+                "old, compressed = (F.layer_norm(y, w.shape, w, b) for y in (old, compressed))\n"
+                "                if read.kv is None:\n"
+                "                    kv = self.attention.project(old)\n                " + LOSS,
             ),
         ),
     ),
@@ -78,10 +79,10 @@ VARIANTS = {
                 "    old, mem = held[:, :overflow], held[:, overflow:]\n"
                 "    old = F.pad(old, (0, 0, n * compression_rate - overflow, 0)) if n > 0 else old[:, :0]\n",
             ),
+            (LOSS, f"kv = self.attention.project(old)\n                {LOSS}"),
             (
-                "compress = partial(compress, usage=compress.usage(weights, mem.size(1) + x.size(1)))",
-                "usage = compress.usage(weights, mem.size(1) + x.size(1))\n"
-                "            over = -max(0, usage.size(1) - config.mem_len) % config.compression_rate\n"
+                "compress = partial(compress, usage=usage)",
+                "over = -max(0, usage.size(1) - config.mem_len) % config.compression_rate\n"
                 "            compress = partial(compress, usage=F.pad(usage, (over, 0)))",
             ),
         ),
