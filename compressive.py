@@ -66,9 +66,7 @@ class Config:
     norm_first: bool = setting(True, "pre-norm, x + f(LN(x)); if not, post-norm, LN(x + f(x))")
     dropout: float = setting(0.0, "of embeddings, attention weights and both branches of a layer")
     bptt: bool = setting(False, "memories keep their graph: a later loss reaches f_c through them")
-    recompute: bool = setting(
-        False, "backward runs layers again, which need not keep what they make"
-    )
+    recompute: bool = setting(False, "layers run again in backward and keep less until then")
 
     def __post_init__(self) -> None:
         def need(ok: bool, name: str, expected: str) -> None:
