@@ -30,6 +30,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,14 @@ class Subject:
         *,
         train: bool = True,
         compiled: bool = False,
+        recompute: bool = False,
     ) -> None:
         torch.manual_seed(0)
         self.impl: Implementation = load(f"spec_tests.adapters.{name}")
         self.name, self.settings, self.batch, self.device = name, settings, batch, device
         model: nn.Module = self.impl.adapter.build(settings)
+        if name == "reference":
+            model.config = replace(model.config, recompute=recompute)
         if name == "lucidrains":  # it has no option for the width
             module = importlib.import_module(type(model).__module__)
             for layer in model.ff_layers:
@@ -204,7 +208,8 @@ def matrix_rate(settings: Settings, rows: int, device: str, dtype: str) -> float
 def training(args: argparse.Namespace, names: list[str], setting: str, dtype: str) -> list:
     settings, batch = settings_of(setting)
     how = (settings, batch, args.device, dtype)
-    subjects = {name: Subject(name, *how, compiled=args.compile) for name in names}
+    more = {"compiled": args.compile, "recompute": args.recompute}
+    subjects = {name: Subject(name, *how, **more) for name in names}
     work, counts = batch * settings.segment, {}
     for name, subject in subjects.items():
         for _ in range(3):
@@ -236,7 +241,7 @@ def rates_and_ratios(found: dict[str, list[float]], work: int) -> list[str]:
     return [*(shown(seconds, work) for seconds in found.values()), *ratios]
 
 
-def peak(name: str, device: str, dtype: str, settings: Settings, batch: int) -> float:
+def peak(name: str, args: argparse.Namespace, dtype: str, settings: Settings, batch: int) -> float:
     """MiB that a few training steps take at the most: above what importing takes (CPU; only the
     first call in a process is right), or allocated (CUDA)."""
 
@@ -245,15 +250,17 @@ def peak(name: str, device: str, dtype: str, settings: Settings, batch: int) -> 
 
     load(f"spec_tests.adapters.{name}")
     before = resident()
-    subject = Subject(name, settings, batch, device, dtype)
+    subject = Subject(name, settings, batch, args.device, dtype, recompute=args.recompute)
     for _ in range(3):
         subject.train()
-    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident() - before
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resident() - before
 
 
 def memory(args: argparse.Namespace, names: list[str], setting: str, dtype: str) -> list:
     settings, batch = settings_of(setting)
-    found = [afresh(peak, name, args.device, dtype, settings, batch) for name in names]
+    found = [afresh(peak, name, args, dtype, settings, batch) for name in names]
     share = f"{found[0] / min(found[1:]):.2f}" if found[1:] else ""
     return [*(f"{mib:,.0f}" for mib in found), share]
 
@@ -261,8 +268,8 @@ def memory(args: argparse.Namespace, names: list[str], setting: str, dtype: str)
 def length(args: argparse.Namespace, slots: int) -> list:
     settings, _ = settings_of("small")
     longer = settings._replace(mem_len=slots * 3 // 4, c_mem_len=slots // 4)
-    mib = afresh(peak, "reference", args.device, "float32", longer, 1)
-    subject = Subject("reference", longer, 1, args.device, "float32")
+    mib = afresh(peak, "reference", args, "float32", longer, 1)
+    subject = Subject("reference", longer, 1, args.device, "float32", recompute=args.recompute)
     subject.train()
     times = [subject.clock(subject.train, 1) for _ in range(3 * args.rounds)]
     ms = 1000 * statistics.median(times)
@@ -306,6 +313,7 @@ def main() -> None:
     add("--settings", nargs="+", choices=SETTINGS, default=["seed", "small", "medium", "long"])
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--compile", action="store_true", help="torch.compile the models in training")
+    add("--recompute", action="store_true", help="train the reference with Config.recompute")
     add("--rounds", type=int, default=5, help="turns of each implementation")
     add("--seconds", type=float, default=1.0, help="of training in a turn, about")
     add("--tokens", type=int, default=16, help="generated in a turn")
@@ -324,7 +332,8 @@ def main() -> None:
     print(
         f"{args.device} ({card or platform.machine()}), {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, Python {platform.python_version()}; {', '.join(versions)}; "
-        f"{args.rounds} rounds{', compiled' if args.compile else ''}"
+        f"{args.rounds} rounds{', compiled' * args.compile}"
+        f"{', reference recomputes' * args.recompute}"
     )
     for name in args.tables:
         table(name, args, names)
