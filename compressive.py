@@ -495,13 +495,7 @@ class CompressiveTransformerLayer(nn.Module):
         self.decompress = Decompression(D, c) if autoencoding else None  # g
 
     def forward(
-        self,
-        h: Tensor,
-        mem: Tensor,
-        c_mem: Tensor,
-        positions: Tensor,
-        *,
-        need_loss: bool = True,
+        self, h: Tensor, mem: Tensor, c_mem: Tensor, positions: Tensor, *, need_loss: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`h [B, T, D]`, `mem [B, M, D]`, `c_mem [B, C, D]`, `positions [S + 1, D]` (see attention)
         -> the layer above's h, the next step's mem and c_mem, and the compression loss, a scalar
@@ -529,7 +523,7 @@ class CompressiveTransformerLayer(nn.Module):
             compress = partial(compress, usage=usage)
         if not config.bptt:
             x, mem, c_mem = x.detach(), mem.detach(), c_mem.detach()
-        first = c_mem.size(1)  # where, in attention's order, the memories begin
+        first = c_mem.size(1)  # the oldest memory's place among attention's keys
         mem, c_mem, old, compressed = update_memory(
             mem,
             c_mem,
@@ -548,8 +542,8 @@ class CompressiveTransformerLayer(nn.Module):
             if self.decompress is not None:
                 loss = autoencoding_loss(self.decompress, old, compressed)
             else:
-                made, count = read.kv is not None, old.size(1)
-                kv = read.kv[:, :, first : first + count] if made else self.attention.project(old)
+                last = first + old.size(1)
+                kv = self.attention.project(old) if read.kv is None else read.kv[:, :, first:last]
                 loss = attention_reconstruction_loss(self.attention, read.q, kv, compressed)
         return mem, c_mem if config.bptt else c_mem.detach(), loss
 

@@ -257,7 +257,7 @@ FAULTS = [
         "MEM-6",
         "new slots are read at once, where memory is full",
         READ,
-        "like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0) - 1) if by_use else None\n        early = self.remember(x, mem, c_mem, like, False)[1]\n        "
+        "like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0) - 1) if by_use else None\n        early = self.remember(x, mem, c_mem, Attended(x, like, x, x), False)[1]\n        "
         + READ.replace("c_mem,", "early if early.shape == c_mem.shape else c_mem,"),
     ),
     fault("MEM-7", "outputs are stored", "*self.remember(x, mem", "*self.remember(h, mem"),
