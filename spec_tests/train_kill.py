@@ -3,7 +3,7 @@
     python -m spec_tests.train_kill --times 50
 
 Every process is forked from this one, which has torch loaded, and ended by SIGKILL. It trains a
-tiny model and writes a checkpoint after every step, so that many kills meet it while it writes.
+tiny model and writes a checkpoint after every step. Every second kill waits for the next write.
 """
 
 import argparse
@@ -45,6 +45,10 @@ def start(folder: Path, *options: object) -> int:
         finally:
             os._exit(status)
     return pid
+
+
+def running(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def finish(pid: int, folder: Path) -> None:
@@ -92,6 +96,8 @@ def main() -> None:
             run = folder / f"run{i}"
             pid = start(folder, *new, run.name)
             time.sleep(draw.uniform(0, length))
+            while i % 2 and running(pid) and not any(run.glob(".*.part")):
+                pass
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             begun = (run / "checkpoint.pt").exists()
