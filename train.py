@@ -36,6 +36,7 @@ from statistics import fmean
 from typing import IO
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, which needs it not
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DistributedDataParallel warns in vain
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -675,7 +676,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         if not LAUNCHED or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        status, message = 3, f"process {RANK} has lost another one: {str(error).splitlines()[0]}"
+        why = str(error).splitlines()[0].split(". ")[0]
+        status, message = 3, f"process {RANK} has lost another one: {why}"
     if status == 3 or status and LOCAL_RANK == 0:  # what is refused, all processes refuse
         again = f"; to go on: {signals.again}" if status > 2 and signals.again else ""
         print(f"train.py: {message}{again}", file=sys.stderr, flush=True)
