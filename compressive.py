@@ -495,7 +495,7 @@ class CompressiveTransformerLayer(nn.Module):
         self.decompress = Decompression(D, c) if autoencoding else None  # g
 
     def forward(
-        self, h: Tensor, mem: Tensor, c_mem: Tensor, positions: Tensor, *, need_loss: bool = True
+        self, h: Tensor, mem: Tensor, c_mem: Tensor, positions: Tensor, *, need_loss: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`h [B, T, D]`, `mem [B, M, D]`, `c_mem [B, C, D]`, `positions [S + 1, D]` (see attention)
         -> the layer above's h, the next step's mem and c_mem, and the compression loss, a scalar
@@ -522,7 +522,7 @@ class CompressiveTransformerLayer(nn.Module):
             usage = compress.usage(read.weights, mem.size(1) + x.size(1))
             compress = partial(compress, usage=usage)
         if not config.bptt:
-            x, mem, c_mem = x.detach(), mem.detach(), c_mem.detach()
+            x, mem = x.detach(), mem.detach()
         first = c_mem.size(1)  # the oldest memory's place among attention's keys
         mem, c_mem, old, compressed = update_memory(
             mem,

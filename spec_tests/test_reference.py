@@ -542,6 +542,7 @@ def test_losses_alone_train_the_compressed_slots_alone():
     api.attention_reconstruction_loss(attention, q, kv, new).backward()
     assert h.grad is None and old.grad is None and new.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in attention.parameters())
+    assert api.attention_reconstruction_loss(attention, q, kv[:, :, :1], new[:, :1]) > 0
     api.autoencoding_loss(decompress, old, new).backward()
     assert old.grad is None and decompress.conv.weight.grad.abs().sum() > 0
     for loss in (

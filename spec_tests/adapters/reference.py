@@ -103,7 +103,7 @@ class Adapter:
             attention.append(
                 layer.attention(seen, c_mem, mem, positions, need_weights=True).weights
             )
-            h, mem, c_mem, _ = layer(h, mem, c_mem, positions)
+            h, mem, c_mem, _ = layer(h, mem, c_mem, positions, need_loss=False)
             slots.append((mem, c_mem))
         return h, self.replace(state, slots), attention
 
