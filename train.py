@@ -678,7 +678,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         why = str(error).splitlines()[0].split(". ")[0]
         status, message = 3, f"process {RANK} has lost another one: {why}"
-    if status == 3 or status and LOCAL_RANK == 0:  # what is refused, all processes refuse
+    if LOCAL_RANK and status in (1, 2):  # the first process says the same, and torchrun ends this
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # one; if not, the fault is its own
+        time.sleep(10)
+    if LOCAL_RANK == 0 < status or status in (1, 2, 3):
         again = f"; to go on: {signals.again}" if status > 2 and signals.again else ""
         print(f"train.py: {message}{again}", file=sys.stderr, flush=True)
     if LAUNCHED:  # gloo's threads hold Python's objects: an ordinary end can abort the process

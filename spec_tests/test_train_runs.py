@@ -398,6 +398,13 @@ def test_processes_train_as_one(text: Path, here, processes: int, more: list[str
     assert here("--resume", "many", "--eval-only").stdout == done.stdout.split()[0] + "\n"
 
 
+LATE = """import os, sys, time
+sys.path.insert(0, {folder!r})
+time.sleep(2 * (os.environ["RANK"] == {late!r}))  # long after the others
+import train
+
+train.main()
+"""
 PATCHED = """import os, sys
 sys.path.insert(0, {folder!r})
 import train
@@ -427,12 +434,15 @@ def test_one_process_killed_or_stopped_ends_all_and_they_go_on_exactly(text: Pat
     assert whole.returncode == 0, whole.stderr
     assert "find_unused_parameters" not in whole.stderr
     length = time.monotonic() - start
-    start = time.monotonic()
-    twice = torchrun(2, *options, "--out", "whole", cwd=tmp_path)
-    assert twice.returncode != 0
-    assert time.monotonic() - start < length + 10  # no process waits for another's refusal
-    ours = [line for line in twice.stderr.splitlines() if line.startswith("train.py: ")]
-    assert ours == ["train.py: --out whole is not empty: name a new folder, so that no run is lost"]
+    for late in ("0", "none"):
+        start = time.monotonic()
+        script.write_text(LATE.format(folder=str(TRAIN.parent), late=late))
+        twice = torchrun(2, *options, "--out", "whole", cwd=tmp_path, script=script)
+        assert twice.returncode != 0
+        assert time.monotonic() - start < length + 10  # no process waits for another's refusal
+        ours = [line for line in twice.stderr.splitlines() if line.startswith("train.py: ")]
+        mend = "name a new folder, so that no run is lost"
+        assert ours == [f"train.py: --out whole is not empty: {mend}"]
     assert "; 2 processes; results in whole" in whole.stdout.splitlines()[0]
 
     start = time.monotonic()
