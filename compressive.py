@@ -113,6 +113,23 @@ class Output(NamedTuple):
     compression_loss: Tensor
 
 
+class Linear(nn.Linear):
+    """nn.Linear, shared among a CPU's threads where the rows are few, as in generation. Torch gives
+    such a product to one thread if it is not a batch, and one thread cannot read as fast as memory
+    delivers; products of two-byte numbers are not concerned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // self.in_features
+        two_byte = x.element_size() == 2 or torch.is_autocast_enabled("cpu")
+        if x.device.type != "cpu" or two_byte or not 0 < rows <= 16:
+            return super().forward(x)
+        parts = math.gcd(8, self.out_features)
+        weight = self.weight.unflatten(0, (parts, -1)).mT  # [parts, in, out / parts]
+        y = torch.bmm(x.reshape(rows, -1).expand(parts, -1, -1), weight)
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 # --------------------------------------------------------------------------- relative attention
 
 
@@ -165,12 +182,12 @@ class RelativeMultiHeadAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.n_heads, self.dropout = n_heads, dropout
-        self.query = nn.Linear(d_model, d_model, bias=False)
-        self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
-        self.relative_key = nn.Linear(d_model, d_model, bias=False)  # W_R
+        self.query = Linear(d_model, d_model, bias=False)
+        self.key_value = Linear(d_model, 2 * d_model, bias=False)
+        self.relative_key = Linear(d_model, d_model, bias=False)  # W_R
         self.content_bias = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))  # u
         self.position_bias = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))  # v
-        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.output = Linear(d_model, d_model, bias=False)
 
     def forward(
         self,
@@ -193,8 +210,8 @@ class RelativeMultiHeadAttention(nn.Module):
         if positions.shape != (S + 1, D):
             raise ValueError(f"positions must be [{S + 1}, {D}], got {list(positions.shape)}")
         q, biases = self.queries(x), (self.content_bias, self.position_bias)
-        biases = [(K**-0.5 * bias[:, None]).to(q.dtype) for bias in biases]
-        queries = [q.view(H, B * T, K) + bias for bias in biases]
+        biases = [bias[:, None].to(q.dtype) for bias in biases]
+        queries = [torch.add(q.view(H, B * T, K), bias, alpha=K**-0.5) for bias in biases]
         attend = self.attend_to_slots if T < K else self.attend_to_keys
         found, weights, kv = attend(queries, slots, positions, need_weights)
         found = found.view(H, B, T, K).permute(1, 2, 0, 3).flatten(2)  # [B, T, D]
@@ -329,7 +346,7 @@ class Conv1dCompression(Compression):
 
     def __init__(self, d_model: int, compression_rate: int) -> None:
         super().__init__(d_model, compression_rate)
-        self.conv = nn.Linear(compression_rate * d_model, d_model, bias=False)
+        self.conv = Linear(compression_rate * d_model, d_model, bias=False)
 
     def forward(self, old: Tensor) -> Tensor:
         return self.conv(self.blocks(old).flatten(2))
@@ -343,7 +360,7 @@ class DilatedConvCompression(Conv1dCompression):
     def __init__(self, d_model: int, compression_rate: int) -> None:
         super().__init__(d_model, compression_rate)
         self.dilations = 1, 2, 4
-        maps = (nn.Linear(2 * d_model, d_model, bias=False) for _ in self.dilations)
+        maps = (Linear(2 * d_model, d_model, bias=False) for _ in self.dilations)
         self.dilated = nn.ModuleList(maps)
 
     def forward(self, old: Tensor) -> Tensor:
@@ -426,7 +443,8 @@ def update_memory(
     n = -(-overflow // compression_rate) if c_mem_len > 0 else 0
     old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]
     compressed = compress(old) if n > 0 else old
-    c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)
+    if n > 0:
+        c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)
     return MemoryUpdate(mem, c_mem[:, max(0, c_mem.size(1) - c_mem_len) :], old, compressed)
 
 
@@ -454,7 +472,7 @@ class Decompression(nn.Module):
     def __init__(self, d_model: int, compression_rate: int) -> None:
         super().__init__()
         self.d_model = d_model
-        self.conv = nn.Linear(d_model, compression_rate * d_model, bias=False)
+        self.conv = Linear(d_model, compression_rate * d_model, bias=False)
 
     def forward(self, compressed: Tensor) -> Tensor:
         return self.conv(compressed).unflatten(-1, (-1, self.d_model)).flatten(1, 2)
@@ -485,7 +503,7 @@ class CompressiveTransformerLayer(nn.Module):
         self.config, D, c = config, config.d_model, config.compression_rate
         self.attention = RelativeMultiHeadAttention(D, config.n_heads, config.dropout)
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(D), nn.LayerNorm(D)
-        inner, outer = nn.Linear(D, config.d_ff), nn.Linear(config.d_ff, D)
+        inner, outer = Linear(D, config.d_ff), Linear(config.d_ff, D)
         self.feed_forward = nn.Sequential(inner, nn.ReLU(), outer)
         self.dropout = nn.Dropout(config.dropout)
         self.compress = COMPRESSIONS[config.compression](D, c)  # f_c
@@ -567,7 +585,7 @@ class CompressiveTransformer(nn.Module):
             CompressiveTransformerLayer(config) for _ in range(config.n_layers)
         )
         self.norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()
-        self.logits = nn.Linear(config.d_model, config.vocab_size)
+        self.logits = Linear(config.d_model, config.vocab_size)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters that the language-model loss trains, and those that the compression loss

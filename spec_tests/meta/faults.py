@@ -87,8 +87,8 @@ FAULTS = [
     fault(
         "ATT-3",
         "a bias is not scaled",
-        "K**-0.5 * bias[:, None]",
-        "bias[:, None]",
+        "bias, alpha=K**-0.5)",
+        "bias)",
     ),
     fault(
         "ATT-3",

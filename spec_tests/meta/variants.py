@@ -58,8 +58,8 @@ VARIANTS = {
         ("weights",),
         (
             (
-                "self.output = nn.Linear(d_model, d_model, bias=False)",
-                "self.output = nn.Linear(d_model, d_model, bias=False)\n"
+                "self.output = Linear(d_model, d_model, bias=False)",
+                "self.output = Linear(d_model, d_model, bias=False)\n"
                 "        self.other = nn.Linear(d_model, 2 * d_model, bias=False)",
             ),
             (
