@@ -114,14 +114,19 @@ class Output(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, shared among a CPU's threads where the rows are few, as in generation. Torch gives
-    such a product to one thread if it is not a batch, and one thread cannot read as fast as memory
-    delivers; products of two-byte numbers are not concerned."""
+    """nn.Linear, but a CPU's threads share the product of a large weight and few rows, as in
+    generation. Torch leaves it to one thread, unless it is a batch or its numbers have two bytes,
+    and one thread cannot read as fast as memory delivers."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
-        two_byte = x.element_size() == 2 or torch.is_autocast_enabled("cpu")
-        if x.device.type != "cpu" or two_byte or not 0 < rows <= 16:
+        if (
+            self.in_features * self.out_features < 2**16
+            or x.device.type != "cpu"
+            or x.element_size() == 2
+            or torch.is_autocast_enabled("cpu")
+            or not 0 < rows <= 16
+        ):
             return super().forward(x)
         parts = math.gcd(8, self.out_features)
         weight = self.weight.unflatten(0, (parts, -1)).mT  # [parts, in, out / parts]
