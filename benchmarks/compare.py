@@ -276,6 +276,24 @@ def length(args: argparse.Namespace, slots: int) -> list:
     return [f"{ms:.0f}", f"{1000 * ms / slots:.0f}", f"{mib:,.0f}"]
 
 
+def profile(args: argparse.Namespace, names: list[str], setting: str, dtype: str) -> list[str]:
+    """The operations that a training step and a generated token spend most of their time in."""
+    settings, batch = settings_of(setting)
+    time_of = f"self_{'device' if args.device == 'cuda' else 'cpu'}_time_total"
+    cells = []
+    for train in (True, False):
+        subject = Subject(names[0], settings, batch, args.device, dtype, train=train)
+        run = subject.train if train else partial(subject.seconds_per_token, args.tokens)
+        run()
+        with torch.profiler.profile() as profiler:
+            run()
+        found = {x.key.removeprefix("aten::"): getattr(x, time_of) for x in profiler.key_averages()}
+        found.pop("normal_", None)  # makes the memories
+        most = sorted(found, key=lambda name: -found[name])[:6]
+        cells.append(", ".join(f"{name} {found[name] / sum(found.values()):.0%}" for name in most))
+    return cells
+
+
 def afresh(call: Callable, *args: object) -> Any:
     """What the call returns in a new process."""
     context = multiprocessing.get_context("spawn")
@@ -287,6 +305,7 @@ TITLES = {
     "training": "Training, tokens/s",
     "generation": "Generation of one row, tokens/s",
     "memory": "Peak memory of training steps, model and optimiser included, MiB",
+    "profile": "Where our time goes",
     "length": "Ours by length (small but for batch 1, three quarters of the slots in memory)",
 }
 
@@ -299,8 +318,13 @@ def table(name: str, args: argparse.Namespace, names: list[str]) -> None:
             row(slots, *afresh(length, args, slots))
         return
     ratios = [f"x {peer}" for peer in names[1:]]
-    more = {"training": [*ratios, "limit", "share of it"], "generation": ratios}
-    header("settings", "dtype", *names, *more.get(name, ["share of the smaller peer"]))
+    columns = {
+        "training": [*names, *ratios, "limit", "share of it"],
+        "generation": [*names, *ratios],
+        "memory": [*names, "share of the smaller peer"],
+        "profile": ["training", "generation"],
+    }
+    header("settings", "dtype", *columns[name])
     for setting in args.settings:
         for dtype in ("float32", "bfloat16"):
             row(setting, dtype, *afresh(globals()[name], args, names, setting, dtype))
