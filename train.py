@@ -278,27 +278,26 @@ class Step(nn.Module):
     def __init__(self, model: CompressiveTransformer, args: argparse.Namespace) -> None:
         super().__init__()
         self.model, self.autocast, self.segment = model, args.autocast, args.segment
-        self.of_layers = model.logits.weight.new_zeros(len(model.layers))  # compression losses
-        for i, layer in enumerate(model.layers):
+        self.losses = model.logits.weight.new_zeros(1 + len(model.layers))
+        for i, layer in enumerate(model.layers, 1):
             layer.register_forward_hook(partial(self.note, i))
 
     def note(self, i: int, layer: nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
-        self.of_layers[i] += outputs[3].detach()  # in place: torch.compile need not guard a list
+        self.losses[i] += outputs[3].detach()  # in place: torch.compile need not guard a list
 
     def forward(self, tokens: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Memory]:
         """Tokens `[B, T + 1]` -> the loss to minimise, losses to report (the language model's, in
         nats, and each layer's of compression), and the memory."""
-        total = nats = self.of_layers.zero_().sum()
+        total = self.losses.zero_().sum()
         segments = [x.split(self.segment, dim=1) for x in (tokens[:, :-1], tokens[:, 1:])]
         for inputs, targets in zip(*segments, strict=True):
             with self.autocast:
                 logits, memory, compression_loss = self.model(inputs, memory)
-            logits = logits.flatten(0, 1).to(self.of_layers.dtype)
+            logits = logits.flatten(0, 1).to(self.losses.dtype)
             loss = F.cross_entropy(logits, targets.flatten())
             total = total + (loss + compression_loss) / len(segments[0])
-            nats = nats + loss.detach()
-        losses = torch.cat([nats[None], self.of_layers]) / len(segments[0])
-        return total, losses, memory.detach()
+            self.losses[0] += loss.detach()
+        return total, self.losses / len(segments[0]), memory.detach()
 
 
 def share_of_peak(steps: int, step: int) -> float:
