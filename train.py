@@ -26,7 +26,7 @@ import time
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from functools import lru_cache, partial
 from io import BytesIO
@@ -350,10 +350,9 @@ class Training:
         memories = self.memories if begin else self.no_memories  # the rows begin, or begin anew
         self.memories = []
         for i, tokens in enumerate(to_tokens(rows, args.device).chunk(parts)):
-            last = i == parts - 1 or not LAUNCHED
-            with nullcontext() if last else self.forward.no_sync():
-                loss, found, memory = self.forward(tokens, memories[i])
-                (loss / parts).backward()
+            self.forward.require_backward_grad_sync = i == parts - 1  # what no_sync() sets
+            loss, found, memory = self.forward(tokens, memories[i])
+            (loss / parts).backward()
             self.memories.append(memory)
             losses = found / parts + losses
         for group in self.model.parameter_groups():  # jointly, either would scale the other down
