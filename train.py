@@ -285,7 +285,7 @@ class Step(nn.Module):
     def note(self, i: int, layer: nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
         self.losses[i] += outputs[3].detach()  # in place: torch.compile need not guard a list
 
-    def forward(self, tokens: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Memory]:
+    def forward(self, tokens: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor, Memory]:
         """Tokens `[B, T + 1]` -> the loss to minimise, losses to report (the language model's, in
         nats, and each layer's of compression), and the memory."""
         total = self.losses.zero_().sum()
@@ -333,8 +333,7 @@ class Training:
         count = args.batch_size // WORLD_SIZE
         self.length = (text.split - 1) // args.batch_size  # of a row; the next byte is shared
         self.starts = [row * self.length for row in range(RANK * count, (RANK + 1) * count)]
-        empty = self.model.initial_memory(count // args.accumulate)
-        self.no_memories = self.memories = [empty] * args.accumulate
+        self.memories: list[Memory] = []  # of every part of the rows, once a step has been taken
         self.losses = self.model.logits.weight.new_zeros(0, 1 + args.n_layers)  # not yet recorded
         self.step = self.at = self.saved = 0  # at: how many bytes of a row have been read
         self.began, self.recorded = time.perf_counter(), (0, 0.0)
@@ -347,7 +346,7 @@ class Training:
         begin = self.at % self.length
         end = min(begin + args.unroll * args.segment, self.length)
         rows = [self.text.read(start + begin, start + end + 1) for start in self.starts]
-        memories = self.memories if begin else self.no_memories  # the rows begin, or begin anew
+        memories = self.memories if begin else [None] * parts  # the rows begin, or begin anew
         self.memories = []
         for i, tokens in enumerate(to_tokens(rows, args.device).chunk(parts)):
             self.forward.require_backward_grad_sync = i == parts - 1  # what no_sync() sets
@@ -418,8 +417,7 @@ class Training:
         self.began -= state["seconds"]
         self.recorded = self.at, state["seconds"]
         self.losses, *slots = (x.to(self.args.device) for x in state["ranks"][RANK])
-        slots = [tuple(layers) for layers in slots]
-        self.memories = [Memory(*pair) for pair in zip(slots[::2], slots[1::2], strict=True)]
+        self.memories = [Memory(*map(tuple, x)) for x in zip(slots[::2], slots[1::2], strict=True)]
 
 
 def begin(args: argparse.Namespace, text: Text, state: dict) -> Training:

@@ -283,7 +283,7 @@ def test_an_epoch_reads_every_byte_of_the_text_once(here, monkeypatch, length, r
         return original(parts, device)
 
     def forward(self, tokens, memory, original=trainer.Step.forward):
-        empty.append(memory.mem[0].size(1) == 0)
+        empty.append(memory is None)
         return original(self, tokens, memory)
 
     monkeypatch.setattr(trainer, "to_tokens", to_tokens)
