@@ -29,11 +29,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from functools import lru_cache, partial
-from io import BytesIO
+from io import BytesIO, FileIO
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import IO
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, which needs it not
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DistributedDataParallel warns in vain
@@ -250,7 +249,7 @@ def fitting(path: Path) -> Iterator[None]:
         raise Stop(f"{path} does not fit this run: {str(error).splitlines()[0]}") from None
 
 
-def open_metrics(path: Path, step: int) -> IO[bytes]:
+def open_metrics(path: Path, step: int) -> FileIO:
     """metrics.jsonl, cut after a step and any line that was never finished. While it is open, which
     a killed process's is not, no other process can open it like this."""
     file = open(path, "a+b", buffering=0)
@@ -308,11 +307,12 @@ def share_of_peak(steps: int, step: int) -> float:
 
 
 class Training:
-    """What a checkpoint holds, and the step that changes it."""
+    """What a checkpoint holds, and the step that changes it. `state` is the checkpoint to go on
+    from; a new run has none, and is saved before its first step so that it can always go on."""
 
     PARTS = "model", "optimizer", "schedule"
 
-    def __init__(self, args: argparse.Namespace, text: Text) -> None:
+    def __init__(self, args: argparse.Namespace, text: Text, state: dict) -> None:
         self.args, self.text = args, text
         torch.manual_seed(args.seed)
         self.model = CompressiveTransformer(args.config).to(args.device, args.parameters)
@@ -337,7 +337,14 @@ class Training:
         self.losses = self.model.logits.weight.new_zeros(0, 1 + args.n_layers)  # not yet recorded
         self.step = self.at = self.saved = 0  # at: how many bytes of a row have been read
         self.began, self.recorded = time.perf_counter(), (0, 0.0)
-        self.metrics: IO[bytes] | None = None  # the first process's
+        if state:
+            with fitting(args.path):
+                self.restore(state)
+        if RANK == 0:
+            args.path.parent.mkdir(parents=True, exist_ok=True)
+            self.metrics = open_metrics(args.path.with_name("metrics.jsonl"), self.step)
+        if not state:
+            self.save()
 
     def advance(self) -> None:
         """An optimiser step, in which the host waits for no device."""
@@ -387,7 +394,7 @@ class Training:
         record |= {"compression_loss_of_layers": layers, "lr": self.lr}
         record |= {"seconds": seconds, "tokens_per_second": speed}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        if self.metrics and (written := self.metrics.write(line)) < len(line):
+        if RANK == 0 and (written := self.metrics.write(line)) < len(line):
             self.metrics.truncate(self.metrics.tell() - written)
             raise Stop(f"{self.metrics.name} could not be written: the disk is full")
         return record
@@ -418,26 +425,6 @@ class Training:
         self.recorded = self.at, state["seconds"]
         self.losses, *slots = (x.to(self.args.device) for x in state["ranks"][RANK])
         self.memories = [Memory(*map(tuple, x)) for x in zip(slots[::2], slots[1::2], strict=True)]
-
-
-def begin(args: argparse.Namespace, text: Text, state: dict) -> Training:
-    """A new run, saved before its first step so that it can always go on, or a saved one."""
-    out = args.path.parent
-    files = [x for x in out.glob("[!.]*") if x.stat().st_size]
-    mend = "name a new folder, so that no run is lost"
-    need(state or not files, f"--out {out} is not empty: {mend}")
-    if LAUNCHED:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
-    training = Training(args, text)
-    if state:
-        with fitting(args.path):
-            training.restore(state)
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        training.metrics = open_metrics(out / "metrics.jsonl", training.step)
-    if not state:
-        training.save()
-    return training
 
 
 def train(training: Training, show: Callable, signals: Signals) -> None:
@@ -626,8 +613,13 @@ def run(args: argparse.Namespace, state: dict, signals: Signals) -> str:
     need(known, f"--data {args.data} is another text than the one that {out} was trained on")
     quiet = RANK or args.quiet and not args.sample
     show = str if quiet else partial(print, end="", flush=True)
+    files = [x for x in out.glob("[!.]*") if x.stat().st_size]
+    mend = "name a new folder, so that no run is lost"
+    need(state or not files, f"--out {out} is not empty: {mend}")
     if not args.only:
-        training = begin(args, text, state)
+        if LAUNCHED:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+        training = Training(args, text, state)
         command = f"torchrun --nproc-per-node {WORLD_SIZE}" if LAUNCHED else "python"
         signals.again = f"{command} {shlex.join([sys.argv[0], '--resume', str(out)])}"
         show(
