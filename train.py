@@ -330,9 +330,8 @@ class Training:
         if LAUNCHED:  # without find_unused_parameters, buckets and rounding change after a step
             parallel = nn.parallel.DistributedDataParallel
             self.forward = parallel(self.forward, find_unused_parameters=True)
-        count = args.batch_size // WORLD_SIZE
         self.length = (text.split - 1) // args.batch_size  # of a row; the next byte is shared
-        self.starts = [row * self.length for row in range(RANK * count, (RANK + 1) * count)]
+        self.starts = [row * self.length for row in range(RANK, args.batch_size, WORLD_SIZE)]
         self.memories: list[Memory] = []  # of every part of the rows, once a step has been taken
         self.losses = self.model.logits.weight.new_zeros(0, 1 + args.n_layers)  # not yet recorded
         self.step = self.at = self.saved = 0  # at: how many bytes of a row have been read
