@@ -181,16 +181,12 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def find_dtype(name: str, device: torch.device) -> str:
-    """The dtype that `--dtype` names; 'auto' takes bfloat16 where the hardware has it."""
-    if name != "auto":
-        return name
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware has it."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
-    return "bfloat16" if fast else "float32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return can.get("avx512_bf16", False) or can.get("amx_bf16", False)
 
 
 def agreed(number: int) -> int:
@@ -593,7 +589,8 @@ def check(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise Stop(str(error)) from None
     device = find_device(args.device)
-    args.dtype = find_dtype(args.dtype, device)
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if has_bfloat16(device) else "float32"
     args.settings = {name: getattr(args, name) for name in SETTINGS} | {"processes": WORLD_SIZE}
     args.device = device
     args.parameters = torch.float64 if args.dtype == "float64" else torch.float32
