@@ -632,14 +632,14 @@ def run(args: argparse.Namespace, state: dict, signals: Signals) -> str:
     model = CompressiveTransformer(args.at_rest).to(args.device, args.parameters).eval()
     with fitting(args.path):
         model.load_state_dict(state["model"])
-    written = ""
     with args.autocast:
-        if not args.eval_only:
+        if args.sample or not args.eval_only:
             written = sample(model, text, args, show)
-        if not args.sample:
-            val_bpc, ages = evaluate(model, text, args)
-    if args.only:
-        return f"val_bpc={val_bpc:.4f}\n" if args.eval_only else "\n"
+        if args.sample:
+            return "\n"
+        val_bpc, ages = evaluate(model, text, args)
+    if args.eval_only:
+        return f"val_bpc={val_bpc:.4f}\n"
     write_whole(out / "sample.txt", written.encode())
     show(f"\n---\n{draw(out, ages, f'{args.data}: {val_bpc:.3f} bits per held-out character')}\n")
     speed, seconds = training.at * rows / training.recorded[1], time.perf_counter() - start
