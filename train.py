@@ -547,9 +547,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict]:
     parser = argparse.ArgumentParser("train.py", description=__doc__.splitlines()[0], **how)
     parser.error = partial(need, False)
     for name, (default, help) in (COMMAND | SETTINGS).items():
-        how = {"type": type(default)}
-        if isinstance(default, bool):
-            how = {"action": argparse.BooleanOptionalAction}
+        flag = isinstance(default, bool)
+        how = {"action": argparse.BooleanOptionalAction} if flag else {"type": type(default)}
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=help, **how)
     args, state = parser.parse_args(argv), {}
     only = args.eval_only or args.sample
