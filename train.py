@@ -492,22 +492,19 @@ def sample(model: nn.Module, text: Text, args: argparse.Namespace, show: Callabl
     """Show the prompt and, as it comes, its continuation; returns all that was shown."""
     device, utf8 = model.logits.weight.device, codecs.getincrementaldecoder("utf-8")("replace")
     prompt = os.fsencode(args.prompt) or text.read(text.split, text.split + args.segment)
-    opening, shown = harmless(prompt.decode(errors="replace")), []
-
-    def tell(part: str) -> None:
-        shown.append(part)
-        show(part)
-
-    tell(opening if args.only else f"--- prompt (held-out text)\n{opening}\n--- continuation\n")
-    model.generate(
+    opening = harmless(prompt.decode(errors="replace"))
+    if not args.only:
+        opening = f"--- prompt (held-out text)\n{opening}\n--- continuation\n"
+    show(opening)
+    tokens = model.generate(
         to_tokens([prompt], device),
         args.sample_bytes,
         temperature=0.8,
         generator=torch.Generator(device).manual_seed(args.seed),
-        stream=lambda token: tell(harmless(utf8.decode(bytes(token[0].tolist())))),
+        stream=lambda token: show(harmless(utf8.decode(bytes(token[0].tolist())))),
     )
-    tell(utf8.decode(b"", final=True))
-    return "".join(shown)
+    show(utf8.decode(b"", final=True))
+    return opening + harmless(bytes(tokens[0, len(prompt) :].tolist()).decode(errors="replace"))
 
 
 def draw(folder: Path, ages: Sequence[Sequence[float]], title: str) -> str:

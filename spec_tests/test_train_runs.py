@@ -545,6 +545,7 @@ def test_a_sample_streams_as_text(text: Path, here, monkeypatch, capsys):
         for byte in made:
             stream(torch.tensor([[byte]]))
             shown.append(capsys.readouterr().out)
+        return torch.cat([prompt, torch.tensor([[*made]])], dim=1)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.CompressiveTransformer, "generate", generate)
