@@ -46,7 +46,6 @@ from compressive import CompressiveTransformer, Config, Memory  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-HELD_OUT = 2**16  # bytes held out of a text at the most
 BITS = 1 / math.log(2)  # a nat in bits; the text is bytes, so that bits per byte are per character
 LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, as process RANK of WORLD_SIZE
 ENV = os.environ if LAUNCHED else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -119,7 +118,7 @@ class Text:
         self.ends = list(accumulate(path.stat().st_size for path in self.paths))
         self.length = self.ends[-1] if self.ends else 0
         self.map = lru_cache(128)(memory_map)  # a process may keep only so many files open
-        self.split = self.length - min(self.length // 10, HELD_OUT)  # where held-out text begins
+        self.split = self.length - min(self.length // 10, 2**16)  # where held-out text begins
 
     def read(self, start: int, end: int) -> bytes:
         parts, i = [], bisect_right(self.ends, start)
