@@ -181,7 +181,7 @@ def find_device(name: str) -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware has it."""
+    """Whether the hardware multiplies bfloat16 itself."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -199,7 +199,7 @@ def agreed(number: int) -> int:
 class Signals:
     """SIGINT and SIGTERM end the program, but during training the first waits for the step."""
 
-    training, number, again = False, 0, ""  # again: the command to go on with
+    training, number, again = False, 0, ""  # again: the command to go on with, once there is one
 
     def __call__(self, number: int, frame: object) -> None:
         if not self.training:
@@ -612,7 +612,7 @@ def run(args: argparse.Namespace, state: dict, signals: Signals) -> str:
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         training = Training(args, text, state)
         command = f"torchrun --nproc-per-node {WORLD_SIZE}" if LAUNCHED else "python"
-        signals.again = f"{command} {shlex.join([sys.argv[0], '--resume', str(out)])}"
+        signals.again = f"; to go on: {command} {shlex.join([sys.argv[0], '--resume', str(out)])}"
         show(
             f"{text.length:,} bytes of {args.data}; "
             f"{sum(p.numel() for p in training.model.parameters()):,} parameters; "
@@ -661,7 +661,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # one; if not, the fault is its own
         time.sleep(10)
     if LOCAL_RANK == 0 < status or status in (1, 2, 3):
-        again = f"; to go on: {signals.again}" if status > 2 and signals.again else ""
+        again = signals.again if status > 2 else ""
         print(f"train.py: {message}{again}", file=sys.stderr, flush=True)
     if LAUNCHED:  # gloo's threads hold Python's objects: an ordinary end can abort the process
         os._exit(status)
