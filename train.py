@@ -628,13 +628,12 @@ def run(args: argparse.Namespace, state: dict, signals: Signals) -> str:
     with fitting(args.path):
         model.load_state_dict(state["model"])
     with args.autocast:
-        if args.sample or not args.eval_only:
+        if args.sample or not args.only:
             written = sample(model, text, args, show)
-        if args.sample:
-            return "\n"
-        val_bpc, ages = evaluate(model, text, args)
-    if args.eval_only:
-        return f"val_bpc={val_bpc:.4f}\n"
+        if args.eval_only or not args.only:
+            val_bpc, ages = evaluate(model, text, args)
+    if args.only:
+        return "\n" * args.sample + (f"val_bpc={val_bpc:.4f}\n" if args.eval_only else "")
     write_whole(out / "sample.txt", written.encode())
     show(f"\n---\n{draw(out, ages, f'{args.data}: {val_bpc:.3f} bits per held-out character')}\n")
     speed, seconds = training.at * rows / training.recorded[1], time.perf_counter() - start

@@ -560,6 +560,8 @@ def test_a_sample_streams_as_text(text: Path, here, monkeypatch, capsys):
     )
     assert first == again != other
     assert first.startswith(TEXT[-(len(TEXT) // 10) :][:8].decode())  # held-out text
+    score = here("--resume", "run", "--eval-only").stdout
+    assert here("--resume", "run", "--sample", "--eval-only").stdout == first + score
 
 
 def test_quiet_prints_the_last_line_alone(text: Path, here):
