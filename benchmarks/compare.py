@@ -22,6 +22,7 @@ floating-point operations would be done as products of the feed-forward's shape.
 import argparse
 import importlib
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler talks of itself
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
@@ -122,6 +124,10 @@ class Subject:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def seconds_per_step(self, count: int) -> float:
+        """Of so many training steps."""
+        return self.clock(lambda: [self.train() for _ in range(count)], count)
+
     @torch.no_grad()
     def seconds_per_token(self, count: int) -> float:
         """Of generating so many tokens."""
@@ -169,13 +175,19 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
 
 
 def alternate(
-    subjects: dict[str, Subject], rounds: int, measure: Callable[[Subject], float]
+    args: argparse.Namespace,
+    subjects: dict[str, Subject],
+    measure: Callable[[Subject, int], float],
 ) -> dict[str, list[float]]:
-    """What each gives in each round."""
-    found: dict[str, list[float]] = {name: [] for name in subjects}
-    for _ in range(rounds):
+    """The seconds that each takes in each round, as `measure` gives them for a count of steps or
+    tokens; in a turn there are as many as args.seconds allow."""
+    counts, found = {}, {name: [] for name in subjects}
+    for name, subject in subjects.items():
+        measure(subject, 3)
+        counts[name] = max(2, int(args.seconds / measure(subject, 1)))
+    for _ in range(args.rounds):
         for name, subject in subjects.items():
-            found[name].append(measure(subject))
+            found[name].append(measure(subject, counts[name]))
     return found
 
 
@@ -210,17 +222,8 @@ def training(args: argparse.Namespace, names: list[str], setting: str, dtype: st
     how = (settings, batch, args.device, dtype)
     more = {"compiled": args.compile, "recompute": args.recompute}
     subjects = {name: Subject(name, *how, **more) for name in names}
-    work, counts = batch * settings.segment, {}
-    for name, subject in subjects.items():
-        for _ in range(3):
-            subject.train()
-        counts[name] = max(2, int(args.seconds / subject.clock(subject.train, 1)))
-
-    def turn(subject: Subject) -> float:
-        count = counts[subject.name]
-        return subject.clock(lambda: [subject.train() for _ in range(count)], count)
-
-    found = alternate(subjects, args.rounds, turn)
+    work = batch * settings.segment
+    found = alternate(args, subjects, Subject.seconds_per_step)
     with FlopCounterMode(display=False) as counter:
         subjects["reference"].train()
     limit = work * matrix_rate(settings, work, args.device, dtype) / counter.get_total_flops()
@@ -231,8 +234,7 @@ def training(args: argparse.Namespace, names: list[str], setting: str, dtype: st
 def generation(args: argparse.Namespace, names: list[str], setting: str, dtype: str) -> list:
     settings, _ = settings_of(setting)
     subjects = {name: Subject(name, settings, 1, args.device, dtype, train=False) for name in names}
-    alternate(subjects, 1, lambda subject: subject.seconds_per_token(4))
-    found = alternate(subjects, args.rounds, lambda subject: subject.seconds_per_token(args.tokens))
+    found = alternate(args, subjects, Subject.seconds_per_token)
     return rates_and_ratios(found, 1)
 
 
@@ -271,7 +273,7 @@ def length(args: argparse.Namespace, slots: int) -> list:
     mib = afresh(peak, "reference", args, "float32", longer, 1)
     subject = Subject("reference", longer, 1, args.device, "float32", recompute=args.recompute)
     subject.train()
-    times = [subject.clock(subject.train, 1) for _ in range(3 * args.rounds)]
+    times = [subject.seconds_per_step(1) for _ in range(3 * args.rounds)]
     ms = 1000 * statistics.median(times)
     return [f"{ms:.0f}", f"{1000 * ms / slots:.0f}", f"{mib:,.0f}"]
 
@@ -283,7 +285,7 @@ def profile(args: argparse.Namespace, names: list[str], setting: str, dtype: str
     cells = []
     for train in (True, False):
         subject = Subject(names[0], settings, batch, args.device, dtype, train=train)
-        run = subject.train if train else partial(subject.seconds_per_token, args.tokens)
+        run = subject.train if train else partial(subject.seconds_per_token, 16)
         run()
         with torch.profiler.profile() as profiler:
             run()
@@ -339,8 +341,7 @@ def main() -> None:
     add("--compile", action="store_true", help="torch.compile the models in training")
     add("--recompute", action="store_true", help="train the reference with Config.recompute")
     add("--rounds", type=int, default=5, help="turns of each implementation")
-    add("--seconds", type=float, default=1.0, help="of training in a turn, about")
-    add("--tokens", type=int, default=16, help="generated in a turn")
+    add("--seconds", type=float, default=1.0, help="of a turn, about")
     args = parser.parse_args()
     names = ["reference"]
     for peer in PEERS:
