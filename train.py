@@ -303,7 +303,7 @@ def share_of_peak(steps: int, step: int) -> float:
 
 class Training:
     """What a checkpoint holds, and the step that changes it. `state` is the checkpoint to go on
-    from; a new run has none, and is saved before its first step so that it can always go on."""
+    from. A new run has none, and is saved before its first step so that it can always go on."""
 
     PARTS = "model", "optimizer", "schedule"
 
@@ -337,8 +337,7 @@ class Training:
         if RANK == 0:
             args.path.parent.mkdir(parents=True, exist_ok=True)
             self.metrics = open_metrics(args.path.with_name("metrics.jsonl"), self.step)
-        if not state:
-            self.save()
+        self.save()  # if resumed, with the settings as they are now, and over half a file left
 
     def advance(self) -> None:
         """An optimiser step, in which the host waits for no device."""
