@@ -121,11 +121,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
         if (
-            self.in_features * self.out_features < 2**16
+            self.in_features * self.out_features < 2**16  # waking threads would cost more
             or x.device.type != "cpu"
             or x.element_size() == 2
             or torch.is_autocast_enabled("cpu")
-            or not 0 < rows <= 16
+            or not 0 < rows <= 16  # from some more on, torch shares it, too
         ):
             return super().forward(x)
         parts = math.gcd(8, self.out_features)
@@ -447,8 +447,9 @@ def update_memory(
     overflow = max(0, held.size(1) - mem_len)
     n = -(-overflow // compression_rate) if c_mem_len > 0 else 0
     old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]
-    compressed = compress(old) if n > 0 else old
+    compressed = old
     if n > 0:
+        compressed = compress(old)
         c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)
     return MemoryUpdate(mem, c_mem[:, max(0, c_mem.size(1) - c_mem_len) :], old, compressed)
 

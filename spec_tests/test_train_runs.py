@@ -312,6 +312,16 @@ def test_two_processes_cannot_write_one_folder(text: Path, here):
     refused(here("--data", text, *TINY, "--out", "run"), "--out run is not empty")
 
 
+def test_a_resumed_run_replaces_what_a_kill_at_its_last_write_left(text: Path, here):
+    assert here("--data", text, *TINY, "--steps", 4, "--out", "run").returncode == 0
+    left = [Path(f"run/.{name}.part") for name in ("checkpoint.pt", "settings.json")]
+    for part in left:
+        part.write_bytes(b"half")
+    assert here("--resume", "run", "--save-every", 7).returncode == 0
+    assert json.loads(Path("run/settings.json").read_text())["save_every"] == 7
+    assert not any(part.exists() for part in left)
+
+
 @pytest.mark.parametrize("at", [1, 14])
 def test_a_loss_that_is_not_finite_stops_the_run(text: Path, here, monkeypatch, at: int):
     def forward(self, *args: object, original=trainer.Step.forward, steps=[0]):  # noqa: B006

@@ -478,8 +478,8 @@ FAULTS = [
         "whole blocks leave although nothing is compressed",
         COUNT,
         "n = -(-overflow // compression_rate)",
-        "compressed = compress(old) if n > 0 else old",
-        "compressed = compress(old) if n > 0 and c_mem_len > 0 else old[:, :0]",
+        "compressed = old\n    if n > 0:",
+        "compressed = old[:, :0]\n    if n > 0 and c_mem_len > 0:",
     ),
     fault(
         "MOD-1",
