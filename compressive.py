@@ -14,15 +14,16 @@ functions, memory rule, compression losses, layer, model. In a training loop of 
     model = CompressiveTransformer(Config(vocab_size=256))
     memory = None                                       # None: empty memories, which grow
     for tokens, targets in segments:                    # [B, T] each, every row a stream of text
-        logits, memory, compression_loss = model(tokens, memory)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        (loss + compression_loss).backward()            # they share no parameter: no weight needed
+        output = model(tokens, memory)
+        memory = output.memory
+        loss = F.cross_entropy(output.logits.mT, targets)
+        (loss + output.compression_loss).backward()     # they share no parameter: no weight needed
         for group in model.parameter_groups():          # clip apart: a joint norm lets the larger
             nn.utils.clip_grad_norm_(group, 1.0)        # gradient scale the other down
         optimizer.step()
         optimizer.zero_grad()
 
-Shapes, in the comments at line ends:
+Shapes, in the docstrings and at line ends:
     B  rows of the batch              T  tokens of the segment (the paper's n_s)
     D  d_model, width of a slot       H  heads, each K = D / H wide
     M  slots of memory held           C  slots of compressed memory held      S = C + M + T
@@ -39,6 +40,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------ notation
@@ -69,28 +71,7 @@ class Config:
     recompute: bool = setting(False, "layers run again in backward and keep less until then")
 
     def __post_init__(self) -> None:
-        def need(ok: bool, name: str, expected: str) -> None:
-            if not ok:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-        for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "compression_rate"):
-            value = getattr(self, name)
-            need(type(value) is int and value >= 1, name, "an integer of at least 1")
-        for name in ("mem_len", "c_mem_len"):
-            value = getattr(self, name)
-            need(type(value) is int and value >= 0, name, "an integer of at least 0")
-        for name in ("norm_first", "bptt", "recompute"):
-            need(type(getattr(self, name)) is bool, name, "True or False")
-        heads, rate = self.n_heads, self.compression_rate
-        need(self.d_model % heads == 0, "d_model", f"divisible by n_heads = {heads}")
-        need(self.d_model % 2 == 0, "d_model", "even (a sine and a cosine for each frequency)")
-        if self.c_mem_len > 0:  # an eviction takes up to c - 1 slots more than overflowed
-            need(self.mem_len >= rate - 1, "mem_len", f"at least compression_rate - 1 = {rate - 1}")
-        need(self.compression in COMPRESSIONS, "compression", f"one of {', '.join(COMPRESSIONS)}")
-        names = ", ".join(COMPRESSION_LOSSES)
-        need(self.compression_loss in COMPRESSION_LOSSES, "compression_loss", f"one of {names}")
-        number = type(self.dropout) in (int, float)
-        need(number and 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
+        check_config(self)
 
 
 class Memory(NamedTuple):
@@ -101,38 +82,19 @@ class Memory(NamedTuple):
 
     def detach(self) -> "Memory":
         """The same memory cut off from the graph that made it (of use with `Config.bptt`)."""
-        return Memory(*(tuple(slots.detach() for slots in layers) for layers in self))
+        mem = tuple(slots.detach() for slots in self.mem)
+        c_mem = tuple(slots.detach() for slots in self.c_mem)
+        return Memory(mem, c_mem)
 
 
 class Output(NamedTuple):
-    """What one step returns: `logits [B, T, vocab_size]`, the memory to hand to the next step, and
-    the compression loss, a scalar averaged over layers (zero when nothing was compressed)."""
+    """What one step returns."""
 
-    logits: Tensor
-    memory: Memory
-    compression_loss: Tensor
-
-
-class Linear(nn.Linear):
-    """nn.Linear, but a CPU's threads share the product of a large weight and few rows, as in
-    generation. Torch leaves it to one thread, unless it is a batch or its numbers have two bytes,
-    and one thread cannot read as fast as memory delivers."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // self.in_features
-        if (
-            self.in_features * self.out_features < 2**16  # waking threads would cost more
-            or x.device.type != "cpu"
-            or x.element_size() == 2
-            or torch.is_autocast_enabled("cpu")
-            or not 0 < rows <= 16  # from some more on, torch shares it, too
-        ):
-            return super().forward(x)
-        parts = math.gcd(8, self.out_features)
-        weight = self.weight.unflatten(0, (parts, -1)).mT  # [parts, in, out / parts]
-        y = torch.bmm(x.reshape(rows, -1).expand(parts, -1, -1), weight)
-        y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+    logits: Tensor  # [B, T, vocab_size]
+    memory: Memory  # to hand to the next step
+    compression_loss: Tensor  # [], the mean of the layers'; zero when nothing was compressed
+    compression_losses: Tensor  # [L], each layer's
+    attention_weights: tuple[Tensor | None, ...]  # each layer's, [B, H, T, S], if asked for
 
 
 # --------------------------------------------------------------------------- relative attention
@@ -158,159 +120,184 @@ def relative_shift(scores: Tensor) -> Tensor:
         3 2 1 0 .   ->   2 1 0 .      next row), and harmless: there stand the tokens after t,
         3 2 1 0 .        3 2 1 0      which the causal mask hides.
     """
-    T, S = scores.size(-2), scores.size(-1) - 1
+    T = scores.size(-2)
+    S = scores.size(-1) - 1
     return scores.flatten(-2)[..., T - 1 : T - 1 + T * S].unflatten(-1, (T, S))
 
 
-# On a CPU, heads are taken in groups of about so many scores, which its caches hold. What is larger
-# would also come as fresh pages from the system every time, and they cost more than the products.
-SCORES_AT_ONCE = 2**21
+def causal_softmax(scores: Tensor) -> Tensor:
+    """Attention weights from scores `[..., T, S]`: from query t the tokens after t are hidden."""
+    T, S = scores.shape[-2:]
+    future = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1)
+    with torch.no_grad():  # in place, unseen by autograd: softmax sends no gradient there
+        scores[..., S - T :].masked_fill_(future, -math.inf)
+    return scores.softmax(dim=-1, dtype=scores.dtype)  # bfloat16 stays so under autocast
 
 
-class Attended(NamedTuple):
-    """What attention returns: the output `[B, T, D]`; the weights `[B, H, T, S]`, if needed; and,
-    for the compression loss, the queries, scaled, `[H*B, T, K]`, and the keys and values of all
-    slots, `[2, H*B, S, K]`, if it has made any."""
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    dropout: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Causal attention with relative positions (Transformer-XL, section 3.3):
 
-    output: Tensor
-    weights: Tensor | None
-    q: Tensor
-    kv: Tensor | None
+        score(t, j) = [ (q_t + u) . k_j  +  (q_t + v) . W_R R_(t-j) ] / sqrt(K)
+
+    `q [H, B, T, K]`, `k` and `v [H, B, S, K]`, `r [H, S + 1, K]`, which is W_R R of the distances
+    S - 1, ..., 0, -1, and the biases u and v `[H, K]`, for any H -> what the heads find,
+    `[H, B, T, K]`, and the weights, `[H, B, T, S]`.
+    """
+    scale = q.size(-1) ** -0.5  # applied to the queries, which are the fewest numbers
+    q_content = scale * q + scale * content_bias[:, None, None]
+    q_position = scale * q + scale * position_bias[:, None, None]
+    content = torch.einsum("hbtk,hbsk->hbts", q_content, k)
+    by_distance = torch.einsum("hbtk,hnk->hbtn", q_position, r)
+    position = relative_shift(by_distance)
+    weights = causal_softmax(content + position)
+    found = dropout(weights) @ v
+    return found, weights
 
 
 class RelativeMultiHeadAttention(nn.Module):
-    """Causal attention over memory and segment with relative positions (Transformer-XL, sec. 3.3):
-
-    score(t, j) = [ (q_t + u) . k_j  +  (q_t + v) . W_R R_(t-j) ] / sqrt(K)
-    """
+    """`relative_attention` of a segment over compressed memory, memory and itself."""
 
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
-        self.query = Linear(d_model, d_model, bias=False)
-        self.key_value = Linear(d_model, 2 * d_model, bias=False)
-        self.relative_key = Linear(d_model, d_model, bias=False)  # W_R
-        self.content_bias = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))  # u
-        self.position_bias = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))  # v
-        self.output = Linear(d_model, d_model, bias=False)
+        K = d_model // n_heads
+        self.n_heads = n_heads
+        self.query = nn.Linear(d_model, d_model, bias=False)
+        self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
+        self.relative_key = nn.Linear(d_model, d_model, bias=False)  # W_R
+        self.content_bias = nn.Parameter(torch.zeros(n_heads, K))  # u
+        self.position_bias = nn.Parameter(torch.zeros(n_heads, K))  # v
+        self.dropout = nn.Dropout(dropout)  # of the weights
+        self.output = nn.Linear(d_model, d_model, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        c_mem: Tensor,
-        mem: Tensor,
-        positions: Tensor,
-        *,
-        need_weights: bool = False,
-    ) -> Attended:
+        self, x: Tensor, c_mem: Tensor, mem: Tensor, positions: Tensor, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend from `x [B, T, D]` to `c_mem [B, C, D]`, `mem [B, M, D]` and to x itself up to
-        one's own position; `positions [S + 1, D]` is the `sinusoid` of the distances S - 1, ..., 0
-        and of -1, which `relative_shift` wastes.
+        one's own position -> `[B, T, D]`, and the weights `[B, H, T, S]` if needed.
 
-        Products are associative: q (W k) is (q W) k. Where there are fewer queries than a head is
-        wide, as in generation, it is they that W is applied to, and no slot has to be projected.
+        `positions [S + 1, D]` is the `sinusoid` of the distances S - 1, ..., 0 and of -1, which
+        `relative_shift` wastes.
         """
-        (B, T, D), H, slots = x.shape, self.n_heads, (c_mem, mem, x)
-        S, K = c_mem.size(1) + mem.size(1) + T, D // H
-        if positions.shape != (S + 1, D):
-            raise ValueError(f"positions must be [{S + 1}, {D}], got {list(positions.shape)}")
-        q, biases = self.queries(x), (self.content_bias, self.position_bias)
-        biases = [bias[:, None].to(q.dtype) for bias in biases]
-        queries = [torch.add(q.view(H, B * T, K), bias, alpha=K**-0.5) for bias in biases]
-        attend = self.attend_to_slots if T < K else self.attend_to_keys
-        found, weights, kv = attend(queries, slots, positions, need_weights)
-        found = found.view(H, B, T, K).permute(1, 2, 0, 3).flatten(2)  # [B, T, D]
-        whole = torch.cat(weights).view(H, B, T, S).transpose(0, 1) if need_weights else None
-        return Attended(self.output(found), whole, q, kv)
+        q, k, v, r = self.project(x, [c_mem, mem, x], positions)
+        biases = (self.content_bias, self.position_bias)
+        found, weights = relative_attention(q, k, v, r, *biases, self.dropout)
+        return self.merge(found), weights.transpose(0, 1) if need_weights else None
 
-    def attend_to_keys(
-        self,
-        queries: list[Tensor],
-        slots: tuple[Tensor, ...],
-        positions: Tensor,
-        need_weights: bool,
-    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """Queries `[H, B*T, K]`, q + u and q + v, scaled, and slots, projected to keys and values
-        -> what the heads found, `[H*B, T, K]`, the weights, in parts, if they are needed, and the
-        keys and values."""
-        # The memories need no gradient: products of their own, not one over all slots, save it.
-        kv = torch.cat([self.key_value(part) for part in slots], dim=1)  # [B, S, 2*D]
-        (B, S, _), H, T = kv.shape, self.n_heads, slots[-1].size(1)
-        kv = self.heads(kv, parts=2)  # [2, H*B, S, K]
-        on_cpu = kv.device.type == "cpu"
-        group = max(1, SCORES_AT_ONCE // (B * T * S)) if on_cpu else H  # heads at once
-        k, v = (x.split(group * B) for x in kv)  # [group*B, S, K] each
-        r = self.heads(self.relative_key(positions[None]))[0].split(group)  # [group, S + 1, K]
-        by_content, by_distance = (x.split(group) for x in queries)  # [group, B*T, K] each
-        found, handed_out = [], []
-        for q_k, k_h, v_h, q_r, r_h in zip(by_content, k, v, by_distance, r, strict=True):
-            scores = relative_shift(torch.bmm(q_r, r_h.mT).view(-1, T, S + 1))
-            scores = torch.baddbmm(scores, q_k.view(len(k_h), T, -1), k_h.mT)
-            weights = self.masked_softmax(scores)  # [group*B, T, S]
-            found.append(torch.bmm(F.dropout(weights, self.dropout, self.training), v_h))
-            handed_out += [weights] * need_weights
-        return torch.cat(found), handed_out, kv
+    def project(self, x: Tensor, slots: list[Tensor], positions: Tensor) -> list[Tensor]:
+        """Queries, keys, values and W_R R, as `relative_attention` takes them."""
+        q = self.heads(self.query(x)).contiguous()  # or both products would copy it
+        # One by one: the memories need no gradient, and in one product all slots would get one.
+        kv = [self.keys_and_values(self.key_value(part)) for part in slots]
+        k, v = torch.cat(kv, dim=-2)
+        r = self.heads(self.relative_key(positions))
+        return [q, k, v, r]
 
-    def attend_to_slots(
-        self,
-        queries: list[Tensor],
-        slots: tuple[Tensor, ...],
-        positions: Tensor,
-        need_weights: bool,
-    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """The same, but the queries go through W_k to the slots, and what they find, `[H, B*T, K]`,
-        through W_v. There are no keys and values."""
-        (by_content, by_distance), S = queries, positions.size(0) - 1
-        (H, _, K), D = by_content.shape, positions.size(1)
-        B, T, _ = slots[-1].shape
+    def heads(self, x: Tensor) -> Tensor:
+        """`[..., N, D] -> [H, ..., N, K]`: with the heads before the rows, one product for each
+        head takes all rows to W_R R, which they share."""
+        return x.unflatten(-1, (self.n_heads, -1)).movedim(-2, 0)
+
+    def keys_and_values(self, kv: Tensor) -> Tensor:
+        """`[B, N, 2*D] -> [2, H, B, N, K]`."""
+        return kv.unflatten(-1, (2, self.n_heads, -1)).permute(2, 3, 0, 1, 4)
+
+    def merge(self, found: Tensor) -> Tensor:
+        """`[H, B, T, K] -> [B, T, D]`, through the output projection."""
+        return self.output(found.movedim(0, 2).flatten(2))
+
+
+# --------------------------------------------------- for speed alone: all works without it, too
+
+
+class FasterAttention(RelativeMultiHeadAttention):
+    """The same output sooner, by two changes of order, where no weights are needed. To do without,
+    delete this section and let the layer make a RelativeMultiHeadAttention.
+
+    - With fewer queries than a head is wide, as in generation: products are associative, so that
+      q (W k) is (q W) k, W is applied to the queries, and no slot has to be projected.
+    - On a CPU, heads are taken in groups, whose scores its caches hold. What is larger would also
+      come as fresh pages from the system every time, and they cost more than the products.
+    """
+
+    SCORES_AT_ONCE = 2**21
+
+    def forward(
+        self, x: Tensor, c_mem: Tensor, mem: Tensor, positions: Tensor, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        if need_weights:
+            return super().forward(x, c_mem, mem, positions, need_weights)
+        slots = [c_mem, mem, x]
+        few = x.size(1) < x.size(2) // self.n_heads
+        if few and is_bare(self.key_value) and is_bare(self.relative_key):
+            found = self.attend_to_slots(x, slots, positions)
+        else:
+            found = self.attend_in_groups(*self.project(x, slots, positions))
+        return self.merge(found), None
+
+    def attend_to_slots(self, x: Tensor, slots: list[Tensor], positions: Tensor) -> Tensor:
+        """`relative_attention` in which queries go through W_k to the slots, and what they find
+        there through W_v."""
+        B, T, D = x.shape
+        H = self.n_heads
+        K = D // H
         w_k, w_v = self.key_value.weight.view(2, H, K, D)
         w_r = self.relative_key.weight.view(H, K, D)
-        r = positions.mT  # [D, S + 1]
-        by_distance = by_distance @ w_r @ r if B * T < K else by_distance @ (w_r @ r)
-        by_distance = relative_shift(by_distance.view(H, B, T, S + 1))
-        q = self.by_row(by_content @ w_k, B)  # [B, H*T, D]
-        by_content = torch.cat([torch.bmm(q, part.mT) for part in slots], dim=2)  # [B, H*T, S]
-        weights = self.masked_softmax(by_distance + by_content.view(B, H, T, S).transpose(0, 1))
-        kept = self.by_row(F.dropout(weights, self.dropout, self.training), B)  # [B, H*T, S]
-        parts = zip(kept.split([part.size(1) for part in slots], dim=2), slots, strict=True)
-        found = sum(torch.bmm(to_part, part) for to_part, part in parts)  # [B, H*T, D]
-        found = found.view(B, H, T, D).transpose(0, 1).reshape(H, B * T, D)
-        return found @ w_v.mT, [weights] * need_weights, None
+        scale = K**-0.5
+        q = self.heads(self.query(x)).flatten(1, 2)  # [H, B*T, K]
+        q_content = scale * (q + self.content_bias[:, None])
+        q_position = scale * (q + self.position_bias[:, None])
+        if B * T < K:
+            by_distance = q_position @ w_r @ positions.mT
+        else:
+            by_distance = q_position @ (w_r @ positions.mT)
+        position = relative_shift(by_distance.view(H, B, T, -1))
+        q_rows = self.rows_first(q_content @ w_k, B)
+        content_rows = torch.cat([q_rows @ part.mT for part in slots], dim=-1)  # [B, H*T, S]
+        content = content_rows.view(B, H, T, -1).transpose(0, 1)
+        weights = self.dropout(causal_softmax(position + content))
+        lengths = [part.size(1) for part in slots]
+        weights_of_parts = self.rows_first(weights, B).split(lengths, dim=-1)
+        found_rows = 0
+        for part_weights, part in zip(weights_of_parts, slots, strict=True):
+            found_rows = found_rows + part_weights @ part  # [B, H*T, D]
+        found = found_rows.view(B, H, T, D).transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
+        return (found @ w_v.mT).view(H, B, T, K)
 
-    @staticmethod
-    def masked_softmax(scores: Tensor) -> Tensor:
-        """Attention weights from scores `[..., T, S]`: tokens after t are hidden from query t."""
-        T, S = scores.shape[-2:]
-        future = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1)
-        with torch.no_grad():  # in place, unseen by autograd: softmax sends no gradient there
-            scores[..., S - T :].masked_fill_(future, -math.inf)
-        return scores.softmax(dim=-1, dtype=scores.dtype)  # bfloat16 stays so under autocast
-
-    def heads(self, x: Tensor, parts: int = 1) -> Tensor:
-        """`[B, N, parts*D] -> [parts, H*B, N, K]`. Heads come before rows: one matrix product for
-        each head then takes all rows to what they share, W_R R."""
-        return x.unflatten(-1, (parts, self.n_heads, -1)).permute(2, 3, 0, 1, 4).flatten(1, 2)
-
-    def by_row(self, x: Tensor, rows: int) -> Tensor:
+    def rows_first(self, x: Tensor, B: int) -> Tensor:
         """`[H, B*T, N]` or `[H, B, T, N] -> [B, H*T, N]`."""
-        return x.reshape(self.n_heads, rows, -1, x.size(-1)).transpose(0, 1).flatten(1, 2)
+        return x.reshape(self.n_heads, B, -1, x.size(-1)).transpose(0, 1).flatten(1, 2)
 
-    def queries(self, x: Tensor) -> Tensor:
-        """The queries of `x [B, T, D]`, scaled: `[H*B, T, K]`."""
-        q = self.heads(self.query(x))[0]
-        return q * q.size(-1) ** -0.5
+    def attend_in_groups(self, q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+        """`relative_attention` of some heads at a time."""
+        group = self.n_heads
+        if q.device.type == "cpu":
+            scores_of_a_head = q.size(1) * q.size(2) * k.size(2)
+            group = max(1, self.SCORES_AT_ONCE // scores_of_a_head)
+        of_all_heads = (q, k, v, r, self.content_bias, self.position_bias)
+        split = [part.split(group) for part in of_all_heads]
+        found = []
+        for of_some_heads in zip(*split, strict=True):
+            some_found, _ = relative_attention(*of_some_heads, self.dropout)
+            found.append(some_found)
+        return torch.cat(found)
 
-    def project(self, slots: Tensor) -> Tensor:
-        """Keys and values of `slots [B, N, D]`, with the parameters held constant, for the
-        compression loss: `[2, H*B, N, K]`."""
-        return self.heads(F.linear(slots, self.key_value.weight.detach()), parts=2)
 
-    @staticmethod
-    def content(q: Tensor, kv: Tensor) -> Tensor:
-        """The attention that Algorithm 2 compares, by content alone, without mask, dropout or
-        output projection: `q [H*B, T, K]`, scaled, and `kv [2, H*B, N, K] -> [H*B, T, K]`."""
-        scores = torch.bmm(q, kv[0].mT)  # [H*B, T, N]
-        return torch.bmm(scores.softmax(dim=-1, dtype=scores.dtype), kv[1])
+def is_bare(layer: nn.Module) -> bool:
+    """Whether calling the layer is its weight's product and no more: no adapter, hook, bias,
+    parametrisation, or weight of another kind (quantised, sharded)."""
+    if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
+        return False
+    own = vars(layer)
+    hooks = [name for name in own if name.endswith("_hooks") and own[name]]
+    return layer.bias is None and "forward" not in own and not hooks
 
 
 # ------------------------------------------------------------- compression functions (section 3)
@@ -321,11 +308,13 @@ class Compression(nn.Module):
 
     def __init__(self, d_model: int, compression_rate: int) -> None:
         super().__init__()
-        self.d_model, self.compression_rate = d_model, compression_rate
+        self.d_model = d_model
+        self.compression_rate = compression_rate
 
     def blocks(self, old: Tensor) -> Tensor:
         """`[B, c*n, D] -> [B, n, c, D]`: the c memories that become one slot."""
-        c, D = self.compression_rate, self.d_model
+        c = self.compression_rate
+        D = self.d_model
         if old.dim() != 3 or old.size(1) % c or old.size(2) != D:
             raise ValueError(f"old must be [B, a multiple of {c}, {D}], got {list(old.shape)}")
         return old.unflatten(1, (old.size(1) // c, c))
@@ -351,7 +340,7 @@ class Conv1dCompression(Compression):
 
     def __init__(self, d_model: int, compression_rate: int) -> None:
         super().__init__(d_model, compression_rate)
-        self.conv = Linear(compression_rate * d_model, d_model, bias=False)
+        self.conv = nn.Linear(compression_rate * d_model, d_model, bias=False)
 
     def forward(self, old: Tensor) -> Tensor:
         return self.conv(self.blocks(old).flatten(2))
@@ -362,14 +351,16 @@ class DilatedConvCompression(Conv1dCompression):
     `[B, c*n, D] -> [B, n, D]`. A memory is convolved with older ones; zeros stand before the
     oldest, so that no slot is lost at the edge."""
 
+    DILATIONS = (1, 2, 4)
+
     def __init__(self, d_model: int, compression_rate: int) -> None:
         super().__init__(d_model, compression_rate)
-        self.dilations = 1, 2, 4
-        maps = (Linear(2 * d_model, d_model, bias=False) for _ in self.dilations)
-        self.dilated = nn.ModuleList(maps)
+        self.dilated = nn.ModuleList(
+            nn.Linear(2 * d_model, d_model, bias=False) for _ in self.DILATIONS
+        )
 
     def forward(self, old: Tensor) -> Tensor:
-        for dilation, conv in zip(self.dilations, self.dilated, strict=True):
+        for dilation, conv in zip(self.DILATIONS, self.dilated, strict=True):
             older = F.pad(old, (0, 0, dilation, 0))[:, : old.size(1)]
             old = F.relu(conv(torch.cat([older, old], dim=-1)))
         return super().forward(old)
@@ -384,8 +375,9 @@ class MostUsedCompression(Compression):
         if usage.dim() != 2 or len(usage) != len(old) or usage.size(1) < old.size(1):
             expected = f"[{len(old)}, {old.size(1)} or more]"
             raise ValueError(f"usage must be {expected}, got {list(usage.shape)}")
-        order = usage[:, : old.size(1)].argsort(dim=1, descending=True, stable=True)
-        kept = order[:, :n].sort(dim=1).values  # [B, n]
+        usage_of_old = usage[:, : old.size(1)]
+        most_used_first = usage_of_old.argsort(dim=1, descending=True, stable=True)
+        kept = most_used_first[:, :n].sort(dim=1).values  # [B, n]
         return old.take_along_dim(kept[..., None], dim=1)
 
     @staticmethod
@@ -393,7 +385,8 @@ class MostUsedCompression(Compression):
         """The attention that each of the newest slots received, averaged over the heads and over
         the queries that saw it: `weights [B, H, T, S] -> [B, slots]`."""
         T = weights.size(2)
-        received = weights[..., weights.size(3) - slots :].mean(dim=1).sum(dim=1)  # [B, slots]
+        S = weights.size(3)
+        received = weights[..., S - slots :].mean(dim=1).sum(dim=1)  # [B, slots]
         seen_by = torch.arange(slots, 0, -1, device=weights.device)  # queries: T, ..., T, ..., 1
         return received / seen_by.clamp(max=T)
 
@@ -410,13 +403,12 @@ COMPRESSIONS = {
 
 
 class MemoryUpdate(NamedTuple):
-    """What `update_memory` returns: a layer's memories after the step, the memories that left
-    `[B, c*n, D]`, and the slots that they became `[B, n, D]`."""
+    """What `update_memory` returns."""
 
-    mem: Tensor
-    c_mem: Tensor
-    old: Tensor
-    compressed: Tensor
+    mem: Tensor  # [B, M, D], the next step's
+    c_mem: Tensor  # [B, C, D], the next step's
+    old: Tensor  # [B, c*n, D], the memories that left to be compressed (old_mem)
+    compressed: Tensor  # [B, n, D], the slots that they became (new_cm)
 
 
 def update_memory(
@@ -445,30 +437,46 @@ def update_memory(
     """
     held = torch.cat([mem, h], dim=1)  # [B, M + T, D]
     overflow = max(0, held.size(1) - mem_len)
-    n = -(-overflow // compression_rate) if c_mem_len > 0 else 0
-    old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]
+    if c_mem_len == 0:
+        n = 0
+        leaving = overflow
+    else:
+        n = -(-overflow // compression_rate)  # rounded up
+        leaving = n * compression_rate
+    old = held[:, : n * compression_rate]
     compressed = old
     if n > 0:
         compressed = compress(old)
         c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)
-    return MemoryUpdate(mem, c_mem[:, max(0, c_mem.size(1) - c_mem_len) :], old, compressed)
+    forgotten = max(0, c_mem.size(1) - c_mem_len)
+    return MemoryUpdate(held[:, leaving:], c_mem[:, forgotten:], old, compressed)
 
 
 # ---------------------------------------------------------------- compression losses (section 3.1)
 
 
 def attention_reconstruction_loss(
-    attention: RelativeMultiHeadAttention, q: Tensor, kv: Tensor, compressed: Tensor
+    attention: RelativeMultiHeadAttention, h: Tensor, old: Tensor, compressed: Tensor
 ) -> Tensor:
-    """How far attention over the compressed slots is from attention over the memories that they
-    stand for (Algorithm 2), as a mean square: queries, scaled, `q [H*B, T, K]`, keys and values of
-    those memories `kv [2, H*B, c*n, K]`, `compressed [B, n, D] -> []`. Only `compressed` carries a
-    gradient; zero if there is no slot."""
-    if kv.size(2) == 0:
+    """Algorithm 2: how far the attention of `h [B, T, D]` over the slots `compressed [B, n, D]` is
+    from that over the memories `old [B, c*n, D]` that they stand for, before the output
+    projection, as a mean square `[]`. All but `compressed` is constant; zero if there is no slot.
+    """
+    if old.size(1) == 0:
         return compressed.new_zeros(())
-    q, kv = q.detach(), kv.detach()
-    target = attention.content(q, kv)
-    return F.mse_loss(attention.content(q, attention.project(compressed)), target)
+
+    def attend(q: Tensor, kv: Tensor) -> Tensor:  # by content alone, without mask or dropout
+        k, v = attention.keys_and_values(kv)
+        scores = (q.size(-1) ** -0.5 * q) @ k.mT
+        return scores.softmax(dim=-1, dtype=scores.dtype) @ v
+
+    with torch.no_grad():
+        q = attention.heads(attention.query(h))
+        target = attend(q, attention.key_value(old))
+    # The layer is called, whatever it has become (by an adapter, say), with constant parameters.
+    constants = {name: p.detach() for name, p in attention.key_value.named_parameters()}
+    kv = functional_call(attention.key_value, constants, (compressed,))
+    return F.mse_loss(attend(q, kv), target)
 
 
 class Decompression(nn.Module):
@@ -478,7 +486,7 @@ class Decompression(nn.Module):
     def __init__(self, d_model: int, compression_rate: int) -> None:
         super().__init__()
         self.d_model = d_model
-        self.conv = Linear(d_model, compression_rate * d_model, bias=False)
+        self.conv = nn.Linear(d_model, compression_rate * d_model, bias=False)
 
     def forward(self, compressed: Tensor) -> Tensor:
         return self.conv(compressed).unflatten(-1, (-1, self.d_model)).flatten(1, 2)
@@ -495,9 +503,19 @@ def autoencoding_loss(
     return F.mse_loss(decompress(compressed), old.detach())
 
 
-COMPRESSION_LOSSES = "attention", "autoencoding", "none"
+COMPRESSION_LOSSES = ("attention", "autoencoding", "none")
 
 # ------------------------------------------------------------------------------------------ layer
+
+
+class LayerOutput(NamedTuple):
+    """What a layer returns."""
+
+    h: Tensor  # [B, T, D], the next layer's input
+    mem: Tensor  # [B, M, D], the next step's
+    c_mem: Tensor  # [B, C, D], the next step's
+    compression_loss: Tensor  # []
+    attention_weights: Tensor | None  # [B, H, T, S], if needed
 
 
 class CompressiveTransformerLayer(nn.Module):
@@ -506,70 +524,86 @@ class CompressiveTransformerLayer(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config, D, c = config, config.d_model, config.compression_rate
-        self.attention = RelativeMultiHeadAttention(D, config.n_heads, config.dropout)
-        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(D), nn.LayerNorm(D)
-        inner, outer = Linear(D, config.d_ff), Linear(config.d_ff, D)
-        self.feed_forward = nn.Sequential(inner, nn.ReLU(), outer)
+        D = config.d_model
+        self.config = config
+        self.attention = FasterAttention(D, config.n_heads, config.dropout)
+        self.attention_norm = nn.LayerNorm(D)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(D, config.d_ff), nn.ReLU(), nn.Linear(config.d_ff, D)
+        )
+        self.feed_forward_norm = nn.LayerNorm(D)
         self.dropout = nn.Dropout(config.dropout)
-        self.compress = COMPRESSIONS[config.compression](D, c)  # f_c
-        trained = next(self.compress.parameters(), None) is not None
-        self.compression_loss = config.compression_loss if trained else "none"
-        autoencoding = self.compression_loss == "autoencoding"
-        self.decompress = Decompression(D, c) if autoencoding else None  # g
+        self.compress = COMPRESSIONS[config.compression](D, config.compression_rate)  # f_c
+        self.decompress = None  # g
+        self.compression_loss = "none"
+        if any(True for _ in self.compress.parameters()):  # pooling has nothing to train
+            self.compression_loss = config.compression_loss
+        if self.compression_loss == "autoencoding":
+            self.decompress = Decompression(D, config.compression_rate)
 
     def forward(
-        self, h: Tensor, mem: Tensor, c_mem: Tensor, positions: Tensor, *, need_loss: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`h [B, T, D]`, `mem [B, M, D]`, `c_mem [B, C, D]`, `positions [S + 1, D]` (see attention)
-        -> the layer above's h, the next step's mem and c_mem, and the compression loss, a scalar
-        (zero if it is not needed)."""
-        pre_norm = self.config.norm_first
-        x = self.attention_norm(h) if pre_norm else h  # what attention reads is what memory keeps
-        by_use = isinstance(self.compress, MostUsedCompression)  # needs attention's weights
-        read = self.attention(x, c_mem, mem, positions, need_weights=by_use)
-        if pre_norm:
-            h = h + self.dropout(read.output)
+        self,
+        h: Tensor,
+        mem: Tensor,
+        c_mem: Tensor,
+        positions: Tensor,
+        need_loss: bool = True,
+        need_weights: bool = False,
+    ) -> LayerOutput:
+        """`h [B, T, D]`, `mem [B, M, D]`, `c_mem [B, C, D]`, `positions [S + 1, D]` (those of
+        `RelativeMultiHeadAttention`). A loss that is not needed is zero."""
+        x = h  # what attention reads is what memory keeps
+        if self.config.norm_first:
+            x = self.attention_norm(h)
+        by_use = isinstance(self.compress, MostUsedCompression)
+        attended, weights = self.attention(x, c_mem, mem, positions, need_weights or by_use)
+        if self.config.norm_first:
+            h = h + self.dropout(attended)
             h = h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
         else:
-            h = self.attention_norm(h + self.dropout(read.output))
+            h = self.attention_norm(h + self.dropout(attended))
             h = self.feed_forward_norm(h + self.dropout(self.feed_forward(h)))
-        return h, *self.remember(x, mem, c_mem, read, need_loss)
+        update = self.remember(x, mem, c_mem, weights)
+        loss = self.loss(x, update) if need_loss else x.new_zeros(())
+        return LayerOutput(h, update.mem, update.c_mem, loss, weights if need_weights else None)
 
     def remember(
-        self, x: Tensor, mem: Tensor, c_mem: Tensor, read: Attended, need_loss: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next step's mem and c_mem, and the compression loss. No gradient passes from step to
-        step, unless `bptt` asks for it, nor from the loss to anything but f_c (and g)."""
-        config, compress = self.config, self.compress
+        self, x: Tensor, mem: Tensor, c_mem: Tensor, attention_weights: Tensor | None
+    ) -> MemoryUpdate:
+        """The memories of the next step, and what became of those that left."""
+        compress = self.compress
         if isinstance(compress, MostUsedCompression):
-            usage = compress.usage(read.weights, mem.size(1) + x.size(1))
+            usage = compress.usage(attention_weights, mem.size(1) + x.size(1))
             compress = partial(compress, usage=usage)
-        if not config.bptt:
-            x, mem = x.detach(), mem.detach()
-        first = c_mem.size(1)  # the oldest memory's place among attention's keys
-        mem, c_mem, old, compressed = update_memory(
+        if not self.config.bptt:  # no gradient passes from a step to those before
+            x = x.detach()
+            mem = mem.detach()
+            c_mem = c_mem.detach()
+        update = update_memory(
             mem,
             c_mem,
             x,
             compress,
-            mem_len=config.mem_len,
-            c_mem_len=config.c_mem_len,
-            compression_rate=config.compression_rate,
+            mem_len=self.config.mem_len,
+            c_mem_len=self.config.c_mem_len,
+            compression_rate=self.config.compression_rate,
         )
+        if not self.config.bptt:  # nor to f_c: of it, the loss alone sees the gradient
+            update = update._replace(c_mem=update.c_mem.detach())
+        return update
 
-        loss = x.new_zeros(())
-        if need_loss and self.compression_loss != "none":
-            if config.bptt:
-                old = old.detach()
-                compressed = compress(old)
-            if self.decompress is not None:
-                loss = autoencoding_loss(self.decompress, old, compressed)
-            else:
-                last = first + old.size(1)
-                kv = self.attention.project(old) if read.kv is None else read.kv[:, :, first:last]
-                loss = attention_reconstruction_loss(self.attention, read.q, kv, compressed)
-        return mem, c_mem if config.bptt else c_mem.detach(), loss
+    def loss(self, x: Tensor, update: MemoryUpdate) -> Tensor:
+        """The compression loss, which trains f_c (and g) and nothing else."""
+        old = update.old
+        compressed = update.compressed
+        if self.compression_loss == "none":
+            return x.new_zeros(())
+        if self.config.bptt:  # both depend on other parameters: compress constants
+            old = old.detach()
+            compressed = self.compress(old)
+        if self.compression_loss == "autoencoding":
+            return autoencoding_loss(self.decompress, old, compressed)
+        return attention_reconstruction_loss(self.attention, x, old, compressed)
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -591,54 +625,64 @@ class CompressiveTransformer(nn.Module):
             CompressiveTransformerLayer(config) for _ in range(config.n_layers)
         )
         self.norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()
-        self.logits = Linear(config.d_model, config.vocab_size)
+        self.logits = nn.Linear(config.d_model, config.vocab_size)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters that the language-model loss trains, and those that the compression loss
         trains. Clip their gradients apart: a joint norm lets either scale the other down."""
-        compression = [
-            parameter
-            for layer in self.layers
-            for module in (layer.compress, layer.decompress)
-            if module is not None
-            for parameter in module.parameters()
-        ]
-        theirs = set(compression)
-        return [p for p in self.parameters() if p not in theirs], compression
+        compression: list[nn.Parameter] = []
+        for layer in self.layers:
+            compression += layer.compress.parameters()
+            if layer.decompress is not None:
+                compression += layer.decompress.parameters()
+        of_compression = set(compression)
+        language_model = [p for p in self.parameters() if p not in of_compression]
+        return language_model, compression
 
     def initial_memory(self, batch_size: int) -> Memory:
         """Empty memories `[B, 0, D]`; they grow to mem_len and c_mem_len slots."""
         empty = self.embedding.weight.new_zeros(batch_size, 0, self.config.d_model)
-        return Memory(*((empty,) * self.config.n_layers for _ in range(2)))
+        layers = (empty,) * self.config.n_layers
+        return Memory(mem=layers, c_mem=layers)
 
     def forward(
-        self, tokens: Tensor, memory: Memory | None = None, *, need_loss: bool = True
+        self,
+        tokens: Tensor,
+        memory: Memory | None = None,
+        *,
+        need_loss: bool = True,
+        need_weights: bool = False,
     ) -> Output:
         """One segment: `tokens [B, T]` (int64 or int32) and the memory that the segment before
-        returned (None: empty) -> `Output(logits [B, T, vocab_size], memory, compression_loss)`.
+        returned (None: empty).
 
         T may differ from call to call. A loss that is not needed is zero, and costs nothing. Raises
         TypeError or ValueError for what does not fit, except for tokens out of range on an
         accelerator, where looking would make it wait: there the embedding's own check stops the
         program.
         """
-        self._check(tokens, memory)
-        memory = self.initial_memory(tokens.size(0)) if memory is None else Memory(*memory)
+        check_input(self, tokens, memory)
+        if memory is None:
+            memory = self.initial_memory(tokens.size(0))
+        mem, c_mem = memory
         h = self.dropout(self.embedding(tokens))
-        S = tokens.size(1) + memory.mem[0].size(1) + memory.c_mem[0].size(1)
+        S = c_mem[0].size(1) + mem[0].size(1) + tokens.size(1)
         dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 cannot count to 257
         distance = torch.arange(S - 1, -2, -1, dtype=dtype, device=h.device)  # to -1: attention's
         positions = sinusoid(distance, self.config.d_model).to(h.dtype)
-        recompute = self.config.recompute and torch.is_grad_enabled()
-        mems, c_mems, losses = [], [], []
-        for layer, mem, c_mem in zip(self.layers, *memory, strict=True):
-            run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
-            h, mem, c_mem, loss = run(h, mem, c_mem, positions, need_loss=need_loss)
-            mems.append(mem)
-            c_mems.append(c_mem)
-            losses.append(loss)
+        outputs = []
+        for layer, m, cm in zip(self.layers, mem, c_mem, strict=True):
+            if self.config.recompute and torch.is_grad_enabled():
+                layer = partial(checkpoint, layer, use_reentrant=False)
+            output = layer(h, m, cm, positions, need_loss, need_weights)
+            h = output.h
+            outputs.append(output)
         logits = self.logits(self.norm(h))
-        return Output(logits, Memory(tuple(mems), tuple(c_mems)), torch.stack(losses).mean())
+        mem = tuple(output.mem for output in outputs)
+        c_mem = tuple(output.c_mem for output in outputs)
+        losses = torch.stack([output.compression_loss for output in outputs])
+        weights = tuple(output.attention_weights for output in outputs)
+        return Output(logits, Memory(mem, c_mem), losses.mean(), losses, weights)
 
     @torch.no_grad()
     def generate(
@@ -661,63 +705,109 @@ class CompressiveTransformer(nn.Module):
         with each new token `[B, 1]` as it comes. Dropout is as the module's mode says: call
         `eval()` first. Raises as `forward` does.
         """
+        check_input(self, prompt, memory)
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
-        self._check(prompt, memory)
         remembers = self.config.mem_len + self.config.c_mem_len > 0
-        tokens, length = prompt, max(self.config.mem_len, 512)
-        segments = prompt.split(length, dim=1) if remembers else (prompt,)
-        for _ in range(max_new_tokens):
+        tokens = prompt
+        fed = prompt
+        if remembers:
+            *segments, fed = prompt.split(max(self.config.mem_len, 512), dim=1)
             for segment in segments:
-                logits, memory, _ = self(segment, memory, need_loss=False)
-            logits = logits[:, -1]  # [B, vocab_size]
-            if temperature == 0:
-                new = logits.argmax(dim=-1, keepdim=True)
-            else:
-                logits = logits.float() / temperature
-                if top_k is not None and top_k < logits.size(-1):
-                    least = logits.topk(top_k).values[:, -1:]
-                    logits = logits.masked_fill(logits < least, -math.inf)
-                new = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-            new = new.to(tokens.dtype)
+                memory = self(segment, memory, need_loss=False).memory
+        for _ in range(max_new_tokens):
+            output = self(fed, memory, need_loss=False)
+            new = sample(output.logits[:, -1], temperature, top_k, generator).to(tokens.dtype)
             tokens = torch.cat([tokens, new], dim=1)
             if stream is not None:
                 stream(new)
-            segments = (new if remembers else tokens,)
+            if remembers:
+                fed = new
+                memory = output.memory
+            else:
+                fed = tokens
         return tokens
 
-    def _check(self, tokens: Tensor, memory: Memory | None) -> None:
-        """Raise for tokens and memories that do not fit the model or each other."""
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens must be torch.int64 or torch.int32, got {tokens.dtype}")
-        if tokens.dim() != 2 or tokens.numel() == 0:
-            raise ValueError(f"tokens must be [B, T], both at least 1, got {list(tokens.shape)}")
-        like, L = self.embedding.weight, self.config.n_layers
-        if tokens.device != like.device:
-            raise ValueError(f"tokens must have device {like.device}, got {tokens.device}")
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = (int(x) for x in tokens.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                came = low if low < 0 else high
-                raise ValueError(f"tokens must lie in [0, {self.config.vocab_size}), got {came}")
-        if memory is None:
-            return
-        if not isinstance(memory, tuple) or len(memory) != 2:
-            raise TypeError(f"memory must be a Memory(mem, c_mem) or None, got {type(memory)}")
-        for name, layers in zip(Memory._fields, memory, strict=True):
-            if len(layers) != L:
-                raise ValueError(f"memory.{name} must have {L} layers, got {len(layers)}")
-            for i, slots in enumerate(layers):
-                where, shape = f"memory.{name}[{i}]", list(slots.shape)
-                expected = [tokens.size(0), layers[0].size(1), like.size(1)]
-                if shape != expected:
-                    raise ValueError(f"{where} must be [B, slots, D] = {expected}, got {shape}")
-                for what in ("dtype", "device"):
-                    if getattr(slots, what) != getattr(like, what):
-                        wanted, came = getattr(like, what), getattr(slots, what)
-                        error = TypeError if what == "dtype" else ValueError
-                        raise error(f"{where} must have {what} {wanted}, got {came}")
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """One token for each row, from its logits: `[B, vocab_size] -> [B, 1]`."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is None:
+        top_k = logits.size(-1)
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    kept = logits.float().topk(min(top_k, logits.size(-1)))
+    weights = (kept.values / temperature).softmax(dim=-1)
+    choice = torch.multinomial(weights, 1, generator=generator)
+    return kept.indices.gather(-1, choice)
+
+
+# ----------------------------------------------------------------------- checks of what is given
+
+
+def check_config(config: Config) -> None:
+    """Raise ValueError for a setting that cannot work."""
+
+    def need(ok: bool, name: str, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} must be {expected}, got {getattr(config, name)!r}")
+
+    for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "compression_rate"):
+        value = getattr(config, name)
+        need(type(value) is int and value >= 1, name, "an integer of at least 1")
+    for name in ("mem_len", "c_mem_len"):
+        value = getattr(config, name)
+        need(type(value) is int and value >= 0, name, "an integer of at least 0")
+    for name in ("norm_first", "bptt", "recompute"):
+        need(type(getattr(config, name)) is bool, name, "True or False")
+    heads = config.n_heads
+    rate = config.compression_rate
+    need(config.d_model % heads == 0, "d_model", f"divisible by n_heads = {heads}")
+    need(config.d_model % 2 == 0, "d_model", "even (a sine and a cosine for each frequency)")
+    if config.c_mem_len > 0:  # an eviction takes up to c - 1 slots more than overflowed
+        need(config.mem_len >= rate - 1, "mem_len", f"at least compression_rate - 1 = {rate - 1}")
+    need(config.compression in COMPRESSIONS, "compression", f"one of {', '.join(COMPRESSIONS)}")
+    losses = ", ".join(COMPRESSION_LOSSES)
+    need(config.compression_loss in COMPRESSION_LOSSES, "compression_loss", f"one of {losses}")
+    number = type(config.dropout) in (int, float)
+    need(number and 0 <= config.dropout < 1, "dropout", "a number in [0, 1)")
+
+
+def check_input(model: CompressiveTransformer, tokens: Tensor, memory: Memory | None) -> None:
+    """Raise TypeError or ValueError for tokens and memories that do not fit the model or each
+    other."""
+    vocab_size = model.config.vocab_size
+    weight = model.embedding.weight
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"tokens must be torch.int64 or torch.int32, got {tokens.dtype}")
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens must be [B, T], both at least 1, got {list(tokens.shape)}")
+    if tokens.device != weight.device:
+        raise ValueError(f"tokens must have device {weight.device}, got {tokens.device}")
+    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        for token in torch.stack(tokens.aminmax()).tolist():
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"tokens must lie in [0, {vocab_size}), got {token}")
+    if memory is None:
+        return
+    if not isinstance(memory, tuple) or len(memory) != 2:
+        raise TypeError(f"memory must be a Memory(mem, c_mem) or None, got {type(memory)}")
+    L = model.config.n_layers
+    for name, layers in zip(Memory._fields, memory, strict=True):
+        if len(layers) != L:
+            raise ValueError(f"memory.{name} must have {L} layers, got {len(layers)}")
+        expected = [tokens.size(0), layers[0].size(1), weight.size(1)]
+        for i, slots in enumerate(layers):
+            where = f"memory.{name}[{i}]"
+            shape = list(slots.shape)
+            if shape != expected:
+                raise ValueError(f"{where} must be [B, slots, D] = {expected}, got {shape}")
+            if slots.dtype != weight.dtype:
+                raise TypeError(f"{where} must have dtype {weight.dtype}, got {slots.dtype}")
+            if slots.device != weight.device:
+                raise ValueError(f"{where} must have device {weight.device}, got {slots.device}")
