@@ -15,7 +15,6 @@ import codecs
 import hashlib
 import json
 import math
-import mmap
 import os
 import shlex
 import shutil
@@ -24,18 +23,13 @@ import sys
 import sysconfig
 import time
 import warnings
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields, replace
-from functools import lru_cache, partial
-from io import BytesIO, FileIO
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from io import BytesIO
 from pathlib import Path
-from statistics import fmean
+from typing import BinaryIO
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, which needs it not
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DistributedDataParallel warns in vain
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch does without it
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -47,169 +41,211 @@ from compressive import CompressiveTransformer, Config, Memory  # noqa: E402
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 BITS = 1 / math.log(2)  # a nat in bits; the text is bytes, so that bits per byte are per character
-LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, as process RANK of WORLD_SIZE
-ENV = os.environ if LAUNCHED else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-RANK, LOCAL_RANK, WORLD_SIZE = (int(ENV[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-DTYPES = "auto", "float32", "bfloat16", "float64"
-
-COMMAND = {  # what to do: defaults, and what they are
-    "out": ("", "the run's folder; by default runs/ and the time"),
-    "resume": ("", "go on with the run in this folder, with its settings"),
-    "eval_only": (False, "only evaluate the run"),
-    "sample": (False, "only generate from the run"),
-    "prompt": ("", "text for --sample to continue; by default held-out text"),
-    "quiet": (False, "print the last line alone"),
-}
-FREE = {  # settings that may change when a run is resumed
-    "data": ("stdlib", "stdlib, tinyshakespeare (fetched once), or a file or folder of text"),
-    "device": ("auto", "auto (an accelerator or the CPU) or a torch device"),
-    "compile": (False, "let torch.compile make it faster"),
-    "save_every": (500, "steps from checkpoint to checkpoint"),
-    "sample_bytes": (500, "length of a sample"),
-    "eval_mem_len": (-1, "mem_len in evaluation; -1: as trained"),
-    "eval_c_mem_len": (-1, "c_mem_len in evaluation; -1: as trained"),
-    "eval_segment": (0, "segment in evaluation; 0: as trained"),
-    "eval_reset": (False, "in evaluation, drop the memory where a file begins"),
-}
-FIXED = {  # settings that may not
-    "dtype": ("auto", f"of matrix products, or float64 of all: {', '.join(DTYPES)}"),
-    "seed": (0, "of the weights, dropout and the sample"),
-    "steps": (1200, "optimiser steps"),
-    "batch_size": (32, "rows, each a stream of its own"),
-    "accumulate": (1, "parts in which a step takes the rows"),
-    "segment": (64, "tokens of a row in a segment"),
-    "unroll": (1, "segments in an optimiser step"),
-    "lr": (3e-3, "peak learning rate of AdamW"),
-}
-MODEL = {x.name: (x.default, x.metadata["help"]) for x in fields(Config) if x.name != "vocab_size"}
-SETTINGS = FREE | FIXED | MODEL
+LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, which sets these
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 
 class Stop(BaseException):
-    """Ends the program with one line and a status: 2 where what the user gave does not work. Not an
-    Exception, so that nothing takes one that a signal raised for an error of its own."""
+    """Ends the program with one line and a status: 2 where what the user gave does not work. No
+    Exception, so that nothing takes it for an error of its own."""
 
     def __init__(self, message: str, status: int = 2) -> None:
         super().__init__(message)
         self.status = status
 
 
-def need(ok: object, message: str) -> None:
-    if not ok:
+def show(text: str) -> None:
+    if RANK == 0:
+        print(text, end="", flush=True)
+
+
+# ------------------------------------------------------------------------------------ command line
+
+# Of parameters, for each --dtype: under bfloat16, matrix products alone are in it.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+ACTIONS = ["out", "resume", "eval_only", "sample", "prompt"]  # all other options are settings
+WITH_RESUME = ACTIONS[1:] + ["data", "device", "compile", "save_every"]
+WITH_RESUME += ["sample_bytes", "eval_mem_len", "eval_c_mem_len"]
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
         raise Stop(message)
 
 
-# ------------------------------------------------------------------------------------------- text
+def make_parser() -> Parser:
+    parser = Parser(
+        "train.py",
+        description="Train a byte-level Compressive Transformer on text.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", default="", help="the run's folder; by default runs/ and the time")
+    add("--resume", default="", help="go on with the run in this folder, with its settings")
+    add("--eval-only", action="store_true", help="only evaluate the run")
+    add("--sample", action="store_true", help="only generate from the run")
+    add("--prompt", default="", help="text for --sample to continue; by default held-out text")
+    add("--sample-bytes", type=int, default=500, help="length of a sample")
+    add("--data", default="stdlib", help="stdlib, tinyshakespeare (fetched once), file or folder")
+    add("--device", default="auto", help="auto (an accelerator or the CPU) or a torch device")
+    add(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="of matrix products, or float64 of all",
+    )
+    add("--compile", action="store_true", help="let torch.compile make it faster")
+    add("--seed", type=int, default=0, help="of the weights and dropout")
+    add("--steps", type=int, default=1200, help="optimiser steps, of a segment each")
+    add("--batch-size", type=int, default=32, help="rows, each a stream of its own")
+    add("--segment", type=int, default=64, help="tokens of a row in a segment")
+    add("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
+    add("--save-every", type=int, default=500, help="steps from checkpoint to checkpoint")
+    add("--eval-mem-len", type=int, help="mem_len in evaluation; by default as trained")
+    add("--eval-c-mem-len", type=int, help="c_mem_len in evaluation; by default as trained")
+    for field in fields(Config):
+        option = "--" + field.name.replace("_", "-")
+        help = field.metadata["help"]
+        if field.name in ("vocab_size", "bptt"):  # a byte has 256 values; steps end at the segment
+            continue
+        if field.type is bool:
+            add(option, action=argparse.BooleanOptionalAction, default=field.default, help=help)
+        else:
+            add(option, type=field.type, default=field.default, help=help)
+    return parser
 
 
-def memory_map(path: Path) -> mmap.mmap:
-    with open(path, "rb") as file:
-        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):  # rows are far apart: reading ahead is a start of seconds
-        view.madvise(mmap.MADV_RANDOM)
-    return view
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """The settings, and the checkpoint of the run to go on with, from which they then come."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if not args.resume:
+        if args.eval_only or args.sample:
+            raise Stop("--eval-only and --sample need a run: add --resume RUN")
+        args.out = Path(args.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
+        return args, None
+    # argparse puts no default where a value stands: what is not None afterwards was given.
+    nothing = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = vars(parser.parse_args(argv, nothing))
+    state = load(Path(args.resume, "checkpoint.pt"))
+    vars(args).update(state["settings"])
+    for name, value in given.items():
+        if value is not None and name not in WITH_RESUME:
+            option = name.replace("_", "-")
+            raise Stop(f"--{option} cannot be given with --resume: the run has its settings")
+        if value is not None:
+            setattr(args, name, value)
+    args.out = Path(args.resume)
+    return args, state
 
 
-class Text:
-    """Files as one text, read through memory maps: they may be far larger than memory."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = [path for path in paths if path.stat().st_size]  # an empty file has no map
-        self.ends = list(accumulate(path.stat().st_size for path in self.paths))
-        self.length = self.ends[-1] if self.ends else 0
-        self.map = lru_cache(128)(memory_map)  # a process may keep only so many files open
-        self.split = self.length - min(self.length // 10, 2**16)  # where held-out text begins
-
-    def read(self, start: int, end: int) -> bytes:
-        parts, i = [], bisect_right(self.ends, start)
-        while start < min(end, self.length):
-            offset = self.ends[i - 1] if i else 0
-            parts.append(self.map(self.paths[i])[start - offset : end - offset])
-            start, i = self.ends[i], i + 1
-        return b"".join(parts)
-
-    def fingerprint(self) -> str:
-        """Tells another text apart, cheaply: by the files' sizes and some of their bytes."""
-        places = range(0, self.length, max(256, self.length // 256))
-        some = b"".join(self.read(at, at + 256) for at in places)
-        return hashlib.sha256(repr(self.ends).encode() + some).hexdigest()
+def check(args: argparse.Namespace) -> None:
+    """Refuse settings that cannot work."""
+    for name in ("steps", "batch_size", "segment", "save_every", "lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise Stop(f"{name} must be above 0, got {getattr(args, name)}")
+    for name in ("seed", "sample_bytes"):
+        if not 0 <= getattr(args, name) < 2**32:
+            raise Stop(f"{name} must be at least 0, got {getattr(args, name)}")
+    if args.batch_size % WORLD_SIZE:
+        raise Stop(f"batch_size must be divisible by {WORLD_SIZE} processes, got {args.batch_size}")
 
 
-def find_text(data: str) -> Text:
-    """The text that `--data` names."""
-    path = Path("data/tinyshakespeare.txt" if data == "tinyshakespeare" else data)
-    if data == "tinyshakespeare" and not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(URL, str(path), SHAKESPEARE_SHA256, progress=False)
-        except (OSError, RuntimeError) as error:  # the latter if it is another text
-            mend = f"put it at {path} yourself, or train on --data PATH"
-            raise Stop(f"{URL} could not be fetched: {error}; {mend}") from None
-    if data == "stdlib":
-        paths = Path(sysconfig.get_path("stdlib")).glob("[!_]*.py")
-    else:
-        paths = path.rglob("*") if path.is_dir() else [path]
-    text = Text(sorted(path for path in paths if path.is_file()))
-    mend = "name a file or folder that has some, or 'stdlib' or 'tinyshakespeare'"
-    need(text.length, f"--data {data} is not there or has no text: {mend}")
-    return text
-
-
-def to_tokens(rows: Sequence[bytes], device: torch.device) -> Tensor:
-    """Rows of bytes as tokens `[B, T]`, without making the host wait for the device."""
-    tokens = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
-    if device.type == "cuda":
-        tokens = tokens.pin_memory().to(device, non_blocking=True)
-    return tokens.to(device).long()
-
-
-# -------------------------------------------------------------- devices, processes, signals, files
+def make_configs(args: argparse.Namespace) -> tuple[Config, Config]:
+    """The model's settings in training and in evaluation."""
+    settings = {x.name: getattr(args, x.name) for x in fields(Config) if x.name in vars(args)}
+    eval_settings = settings.copy()
+    if args.eval_mem_len is not None:
+        eval_settings["mem_len"] = args.eval_mem_len
+    if args.eval_c_mem_len is not None:
+        eval_settings["c_mem_len"] = args.eval_c_mem_len
+    try:
+        return Config(**settings), Config(**eval_settings)
+    except ValueError as error:
+        raise Stop(str(error)) from None
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `--device` names; 'auto' takes an accelerator if there is one, or the CPU."""
     if name == "auto":
-        name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = accelerator.type if accelerator else "cpu"
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"
     try:
-        device = torch.zeros(1, device=f"cuda:{LOCAL_RANK}" if name == "cuda" else name).device
+        torch.zeros(1, device=name).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError) as error:  # torch raises either
         reason = str(error).splitlines()[0]
         raise Stop(f"--device {name} cannot be used: {reason}; try --device cpu") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    return torch.device(name)
 
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 itself."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return can.get("avx512_bf16", False) or can.get("amx_bf16", False)
+    can = torch.cpu.get_capabilities()
+    return device.type == "cpu" and bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
-def agreed(number: int) -> int:
-    """The largest of the processes' numbers: what one must do, all do. No device is waited for."""
-    numbers = torch.tensor(number)
-    if LAUNCHED:
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    return int(numbers)
+# ------------------------------------------------------------------------------- text, files
 
 
-class Signals:
-    """SIGINT and SIGTERM end the program, but during training the first waits for the step."""
+class Text:
+    """Bytes that are read where they stand, from a file, which may be larger than memory."""
 
-    training, number, again = False, 0, ""  # again: the command to go on with, once there is one
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.file = file
+        self.name = name
+        self.length = file.seek(0, os.SEEK_END)
+        if self.length == 0:
+            raise Stop(f"--data {name} is not there or has no text: name a file or folder that has")
+        self.split = self.length - min(self.length // 10, 2**16)  # where held-out text begins
 
-    def __call__(self, number: int, frame: object) -> None:
-        if not self.training:
-            raise Stop("interrupted", 128 + number)
-        self.number = number
-        if not LAUNCHED:  # torchrun passes on a Ctrl-C that the terminal has sent us already
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    def read(self, start: int, end: int) -> bytes:
+        self.file.seek(start)
+        part = self.file.read(end - start)
+        if len(part) < end - start:
+            raise Stop(f"{self.name} was cut short: it had {self.length} bytes")
+        return part
+
+    def fingerprint(self) -> str:
+        """Tells another text apart, cheaply: by its length and its held-out part."""
+        held_out = self.read(self.split, self.length)
+        return f"{self.length} {hashlib.sha256(held_out).hexdigest()}"
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def find_text(data: str) -> Text:
+    """The text that `--data` names: a file is read where it stands, a folder is joined."""
+    path = Path(data)
+    if data == "tinyshakespeare":
+        path = fetch_tiny_shakespeare()
+    if path.is_file():
+        return Text(open(path, "rb", buffering=0), data)
+    if data == "stdlib":
+        paths = Path(sysconfig.get_path("stdlib")).glob("[!_]*.py")
+    else:
+        paths = path.rglob("*")
+    parts = [path.read_bytes() for path in sorted(paths) if path.is_file()]
+    return Text(BytesIO(b"".join(parts)), data)
+
+
+def fetch_tiny_shakespeare() -> Path:
+    path = Path("data/tinyshakespeare.txt")
+    path.parent.mkdir(exist_ok=True)
+    try:
+        if not path.exists():
+            torch.hub.download_url_to_file(URL, str(path), SHAKESPEARE_SHA256, progress=False)
+    except (OSError, RuntimeError) as error:  # the latter if it is another text
+        mend = f"put it at {path} yourself, or train on --data PATH"
+        raise Stop(f"{URL} could not be fetched: {error}; {mend}") from None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+        raise Stop(f"{path} is not the whole of Tiny Shakespeare: delete it to fetch it again")
+    return path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its place and move it there: whenever the process or the machine stops,
     the old file or the new one stands there whole."""
     part = path.with_name(f".{path.name}.part")
@@ -227,442 +263,426 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def load(path: Path) -> dict:
     """A checkpoint. It is data: no code of whatever the file holds is run."""
-    with open(path, "rb") as file, suppress(Exception):  # torch raises many kinds
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if state.keys() >= {"model", "settings", "text"}:
-            return state
-    why = "it is truncated, something else, or more than data (no code of it was run)"
-    raise Stop(f"{path} is no checkpoint of train.py: {why}")
-
-
-@contextmanager
-def fitting(path: Path) -> Iterator[None]:
-    """Refuses a checkpoint whose parts are not those of its settings."""
-    try:
-        yield
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise Stop(f"{path} does not fit this run: {str(error).splitlines()[0]}") from None
-
-
-def open_metrics(path: Path, step: int) -> FileIO:
-    """metrics.jsonl, cut after a step and any line that was never finished. While it is open, which
-    a killed process's is not, no other process can open it like this."""
-    file = open(path, "a+b", buffering=0)
-    with suppress(ImportError):  # on Windows
-        import fcntl
-
+    with open(path, "rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Stop(f"{path.parent} is in use by another process") from None
-    file.seek(0)
-    lines = file.read().splitlines(keepends=True)
-    kept = [x for x in lines if x.endswith(b"}\n") and json.loads(x)["step"] <= step]
-    file.truncate(sum(map(len, kept)))
-    return file
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            complete = "model" in state and "settings" in state
+        except Exception:  # torch raises many kinds
+            complete = False
+    if not complete:
+        why = "it is truncated, something else, or more than data (no code of it was run)"
+        raise Stop(f"{path} is no checkpoint of train.py: {why}")
+    return state
 
 
 # --------------------------------------------------------------------------------------- training
 
 
-class Step(nn.Module):
-    """The forward pass of an optimiser step as one module, however many segments it reads, so that
-    DistributedDataParallel sees the whole of it."""
+class Signals:
+    """SIGINT and SIGTERM end the program, but during training the first waits for the step."""
 
-    def __init__(self, model: CompressiveTransformer, args: argparse.Namespace) -> None:
-        super().__init__()
-        self.model, self.autocast, self.segment = model, args.autocast, args.segment
-        self.losses = model.logits.weight.new_zeros(1 + len(model.layers))
-        for i, layer in enumerate(model.layers, 1):
-            layer.register_forward_hook(partial(self.note, i))
+    training = False
+    received = 0
 
-    def note(self, i: int, layer: nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
-        self.losses[i] += outputs[3].detach()  # in place: torch.compile need not guard a list
-
-    def forward(self, tokens: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor, Memory]:
-        """Tokens `[B, T + 1]` -> the loss to minimise, losses to report (the language model's, in
-        nats, and each layer's of compression), and the memory."""
-        total = self.losses.zero_().sum()
-        segments = [x.split(self.segment, dim=1) for x in (tokens[:, :-1], tokens[:, 1:])]
-        for inputs, targets in zip(*segments, strict=True):
-            with self.autocast:
-                logits, memory, compression_loss = self.model(inputs, memory)
-            logits = logits.flatten(0, 1).to(self.losses.dtype)
-            loss = F.cross_entropy(logits, targets.flatten())
-            total = total + (loss + compression_loss) / len(segments[0])
-            self.losses[0] += loss.detach()
-        return total, self.losses / len(segments[0]), memory.detach()
+    def __call__(self, number: int, frame: object) -> None:
+        if not self.training:
+            raise Stop("interrupted", 128 + number)
+        self.received = number
+        if not LAUNCHED:  # torchrun passes on a Ctrl-C that the terminal has sent us already
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
 
-def share_of_peak(steps: int, step: int) -> float:
-    """The learning rate's: up in a line, then down by a cosine to zero."""
-    warmup = min(100, steps // 10)
-    up, down = (step + 1) / (warmup + 1), (step - warmup) / (steps - warmup)
-    return min(up, 0.5 + 0.5 * math.cos(math.pi * down))
+def largest(number: int) -> int:
+    """The largest of the processes' numbers: what one must do, all do. No device is waited for."""
+    numbers = torch.tensor(number)
+    if LAUNCHED:
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return int(numbers)
+
+
+def learning_rate(args: argparse.Namespace, step: int) -> float:
+    """Up in a line, then down by a cosine to zero."""
+    warmup = min(100, args.steps // 10)
+    if step < warmup:
+        return args.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / (args.steps - warmup)
+    return args.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def make_optimizer(model: CompressiveTransformer, lr: float) -> torch.optim.Optimizer:
+    language_model, compression = model.parameter_groups()
+    decayed = [p for p in language_model if p.dim() >= 2]
+    others = [p for p in language_model if p.dim() < 2]
+    groups = [
+        {"params": decayed, "weight_decay": 0.1},
+        {"params": others + compression, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def to_tokens(rows: list[bytes], device: torch.device) -> Tensor:
+    """Rows of bytes as tokens `[B, T]`."""
+    tokens = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
+    tokens = tokens.view(len(rows), -1)
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()  # only then does the host not wait for the copy
+    return tokens.to(device, non_blocking=True).long()
 
 
 class Training:
-    """What a checkpoint holds, and the step that changes it. `state` is the checkpoint to go on
-    from. A new run has none, and is saved before its first step so that it can always go on."""
+    """What a checkpoint holds, and the step that changes it."""
 
-    PARTS = "model", "optimizer", "schedule"
-
-    def __init__(self, args: argparse.Namespace, text: Text, state: dict) -> None:
-        self.args, self.text = args, text
+    def __init__(self, args: argparse.Namespace, text: Text) -> None:
+        self.args = args
+        self.text = text
         torch.manual_seed(args.seed)
-        self.model = CompressiveTransformer(args.config).to(args.device, args.parameters)
-        language_model, compression = self.model.parameter_groups()
-        matrices = {"params": [p for p in language_model if p.dim() >= 2], "weight_decay": 0.1}
-        rest = {"params": [p for p in language_model if p.dim() < 2] + compression}
-        how = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-        self.optimizer = torch.optim.AdamW([matrices, rest], lr=args.lr, **how)
-        share = partial(share_of_peak, args.steps)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)
+        self.model = CompressiveTransformer(args.config).to(args.device, DTYPES[args.dtype])
+        self.optimizer = make_optimizer(self.model, args.lr)
+        self.forward = self.model
         if args.compile:
             torch._dynamo.config.recompile_limit = 32  # a few are needed until memory is full
             self.model.compile()
-        self.forward = Step(self.model, args)
-        if LAUNCHED:  # without find_unused_parameters, buckets and rounding change after a step
+        if LAUNCHED:  # without find_unused_parameters, rounding changes after the first step
             parallel = nn.parallel.DistributedDataParallel
-            self.forward = parallel(self.forward, find_unused_parameters=True)
+            self.forward = parallel(self.model, find_unused_parameters=True)
+        rows = args.batch_size // WORLD_SIZE
         self.length = (text.split - 1) // args.batch_size  # of a row; the next byte is shared
-        self.starts = [row * self.length for row in range(RANK, args.batch_size, WORLD_SIZE)]
-        self.memories: list[Memory] = []  # of every part of the rows, once a step has been taken
-        self.losses = self.model.logits.weight.new_zeros(0, 1 + args.n_layers)  # not yet recorded
-        self.step = self.at = self.saved = 0  # at: how many bytes of a row have been read
-        self.began, self.recorded = time.perf_counter(), (0, 0.0)
-        if state:
-            with fitting(args.path):
-                self.restore(state)
-        if RANK == 0:
-            args.path.parent.mkdir(parents=True, exist_ok=True)
-            self.metrics = open_metrics(args.path.with_name("metrics.jsonl"), self.step)
-        self.save()  # if resumed, with the settings as they are now, and over half a file left
+        self.starts = [row * self.length for row in range(RANK * rows, (RANK + 1) * rows)]
+        self.memory: Memory | None = None
+        self.step = 0
+        self.at = 0  # bytes read of each row, over all passes of the text
+        self.saved = 0  # the step of the last checkpoint
+        self.recorded = 0  # the step of the last record
+        self.losses = torch.zeros(3 + args.n_layers, device=args.device)  # summed since then
+        self.seconds = 0.0  # of training, until the last record
+        self.began = time.perf_counter()
 
     def advance(self) -> None:
         """An optimiser step, in which the host waits for no device."""
-        args, parts, losses = self.args, self.args.accumulate, 0
-        torch.manual_seed(hash((args.seed, self.step, RANK)))  # all that chance depends on
+        args = self.args
+        # All that is drawn depends on this: a resumed run draws what one left alone would.
+        torch.manual_seed((args.seed * args.steps + self.step) * WORLD_SIZE + RANK)
         begin = self.at % self.length
-        end = min(begin + args.unroll * args.segment, self.length)
+        end = min(begin + args.segment, self.length)
         rows = [self.text.read(start + begin, start + end + 1) for start in self.starts]
-        memories = self.memories if begin else [None] * parts  # the rows begin, or begin anew
-        self.memories = []
-        for i, tokens in enumerate(to_tokens(rows, args.device).chunk(parts)):
-            self.forward.require_backward_grad_sync = i == parts - 1  # what no_sync() sets
-            loss, found, memory = self.forward(tokens, memories[i])
-            (loss / parts).backward()
-            self.memories.append(memory)
-            losses = found / parts + losses
+        tokens = to_tokens(rows, args.device)
+        if begin == 0:  # the rows begin, or begin anew
+            self.memory = None
+        with autocast(args):
+            output = self.forward(tokens[:, :-1], self.memory)
+        self.memory = output.memory
+        logits = output.logits.to(DTYPES[args.dtype])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        (loss + output.compression_loss).backward()
+        norms = []
         for group in self.model.parameter_groups():  # jointly, either would scale the other down
-            nn.utils.clip_grad_norm_(group, 1.0)
+            norms.append(nn.utils.clip_grad_norm_(group, 1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(args, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.lr = self.schedule.get_last_lr()[0]
-        self.schedule.step()
-        self.losses = torch.cat([self.losses, losses[None]])
-        self.step, self.at = self.step + 1, self.at + end - begin
-
-    def look(self) -> Tensor:
-        """The losses not yet recorded, averaged over the processes, if all is finite."""
-        losses = self.losses.cpu().double() / WORLD_SIZE
+        losses = torch.stack([loss, *output.compression_losses]).detach() / WORLD_SIZE
         if LAUNCHED:
             dist.all_reduce(losses)
-        slots = [x for memory in self.memories for layers in memory for x in layers]
-        finite = all(x.isfinite().all() for x in (*self.model.parameters(), *slots))
-        bad = [i for i, row in enumerate(losses, 1 - len(losses)) if not row.isfinite().all()]
-        if agreed(not finite) or bad:
-            what = f"loss of step {self.step + bad[0]}" if bad else f"state after step {self.step}"
-            good = f"the last good checkpoint is {self.args.path}, after step {self.saved}"
-            raise Stop(f"the {what} is not finite; {good}", 1)
-        return losses
+        self.losses += torch.cat([losses, torch.stack(norms)])
+        self.step += 1
+        self.at += end - begin
+
+    def check(self) -> None:
+        if not self.losses.isfinite().all():
+            where = f"between steps {self.recorded} and {self.step}"
+            good = f"the last good checkpoint is of step {self.saved}"
+            raise Stop(f"the loss or its gradient is not finite {where}; {good}", 1)
 
     def record(self) -> dict:
-        """Tell metrics.jsonl of the steps since the last record, in a whole line or not at all."""
-        nats, *layers = self.look().mean(dim=0).tolist()
-        seconds, (old_at, old_seconds) = time.perf_counter() - self.began, self.recorded
-        self.losses, self.recorded = self.losses[:0], (self.at, seconds)
-        speed = self.args.batch_size * (self.at - old_at) / (seconds - old_seconds)
-        record = {"step": self.step, "bpc": nats * BITS, "compression_loss": fmean(layers)}
-        record |= {"compression_loss_of_layers": layers, "lr": self.lr}
-        record |= {"seconds": seconds, "tokens_per_second": speed}
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        if RANK == 0 and (written := self.metrics.write(line)) < len(line):
-            self.metrics.truncate(self.metrics.tell() - written)
-            raise Stop(f"{self.metrics.name} could not be written: the disk is full")
+        """Add to metrics.jsonl what the steps since the last record gave, on average."""
+        self.check()
+        losses = self.losses.double() / (self.step - self.recorded)
+        nats, *layers, norm, _ = losses.tolist()
+        self.losses.zero_()
+        self.recorded = self.step
+        self.seconds = time.perf_counter() - self.began
+        record = {
+            "step": self.step,
+            "bpc": nats * BITS,
+            "compression_loss": sum(layers) / len(layers),
+            "compression_loss_of_layers": layers,
+            "gradient_norm": norm,
+            "lr": learning_rate(self.args, self.step - 1),
+            "seconds": self.seconds,
+            "tokens_per_second": self.at * self.args.batch_size / self.seconds,
+        }
+        if RANK == 0:
+            line = json.dumps(record).encode() + b"\n"
+            path = self.args.out / "metrics.jsonl"
+            with open(path, "ab", buffering=0) as file:
+                if file.write(line) < len(line):
+                    raise Stop(f"{path} could not be written: the disk is full")
         return record
 
     def save(self) -> None:
-        self.look()
-        slots = [torch.stack(layers) for memory in self.memories for layers in memory]
-        own = [x.cpu() for x in (self.losses, *slots)]
-        ranks = [[torch.empty_like(x) for x in own] for _ in range(WORLD_SIZE)]
-        for i, x in enumerate(own if LAUNCHED else ()):  # one by one: for objects torch needs NumPy
-            dist.gather(x, None if RANK else [of[i] for of in ranks])
+        self.check()
+        memory = None
+        if self.memory is not None:
+            memory = [gather_rows(torch.stack(layers)) for layers in self.memory]
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "memory": memory,
+            "step": self.step,
+            "at": self.at,
+            "losses": self.losses,
+            "recorded": self.recorded,
+            "seconds": self.seconds,
+            "text": self.text.fingerprint(),
+            "config": asdict(self.model.config),
+            "settings": self.args.settings,
+        }
         if RANK == 0:
-            state = {name: getattr(self, name).state_dict() for name in self.PARTS}
-            state |= {"step": self.step, "at": self.at, "ranks": ranks if LAUNCHED else [own]}
-            state |= {"seconds": time.perf_counter() - self.began, "text": self.text.fingerprint()}
-            state |= {"config": asdict(self.args.config), "settings": self.args.settings}
-            torch.save(state, buffer := BytesIO())
-            write_whole(self.args.path, buffer.getbuffer())
-            settings = json.dumps(self.args.settings, indent=2).encode()
-            write_whole(self.args.path.with_name("settings.json"), settings)
+            file = BytesIO()
+            torch.save(state, file)
+            write_atomically(self.args.out / "checkpoint.pt", file.getbuffer())
         self.saved = self.step
 
     def restore(self, state: dict) -> None:
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        self.step, self.at, self.saved = state["step"], state["at"], state["step"]
-        self.began -= state["seconds"]
-        self.recorded = self.at, state["seconds"]
-        self.losses, *slots = (x.to(self.args.device) for x in state["ranks"][RANK])
-        self.memories = [Memory(*map(tuple, x)) for x in zip(slots[::2], slots[1::2], strict=True)]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["memory"] is not None:
+            of_rows = [slots.chunk(WORLD_SIZE, dim=1)[RANK] for slots in state["memory"]]
+            mem, c_mem = (slots.to(self.args.device) for slots in of_rows)
+            self.memory = Memory(tuple(mem), tuple(c_mem))
+        self.losses.copy_(state["losses"])
+        for name in ("step", "at", "recorded", "seconds"):
+            setattr(self, name, state[name])
+        self.saved = self.step
+        self.began -= self.seconds
 
 
-def train(training: Training, show: Callable, signals: Signals) -> None:
+def gather_rows(slots: Tensor) -> Tensor:
+    """The slots `[L, B, N, D]` of all processes' rows."""
+    if not LAUNCHED:
+        return slots
+    parts = [torch.empty_like(slots) for _ in range(WORLD_SIZE)]
+    dist.all_gather(parts, slots.contiguous())
+    return torch.cat(parts, dim=1)
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the records of steps after the checkpoint, and one that was never finished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"}\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    write_atomically(path, b"".join(kept))
+
+
+def train(training: Training, signals: Signals) -> None:
     """Train to the last step, or until a signal comes."""
-    steps, live = training.args.steps, sys.stdout.isatty()
-    every = max(1, min(steps // 40, 50))  # nothing of the terminal: metrics depend on it
+    args = training.args
+    live = sys.stdout.isatty()
+    every = max(1, min(args.steps // 40, 50))
     signals.training = True
-    try:
-        while training.step < steps:
-            training.advance()
-            step = training.step
-            if step % every == 0 or step == steps:
-                record = training.record()
-                left = record["seconds"] / step * (steps - step)
-                line = (
-                    f"step {step:>{len(str(steps))}}/{steps}  bpc {record['bpc']:.3f}  "
-                    f"compression loss {record['compression_loss']:.4f}  "
-                    f"{record['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left"
-                )
-                width = shutil.get_terminal_size().columns - 1
-                show(f"\r{line[:width]}\x1b[K" if live else f"{line}\n")
-            number = agreed(signals.number)
-            if number or step % training.args.save_every == 0 or step == steps:
-                training.save()
-            if number:
-                raise Stop(f"stopped after step {step}", 128 + number)
-    finally:
-        signals.training = False
-        show("\n" * live)
-    agreed(0)  # all have what they need of each other: the others may end
+    while training.step < args.steps:
+        training.advance()
+        step = training.step
+        if step % every == 0 or step == args.steps:
+            show_progress(training.record(), args.steps, live)
+        received = largest(signals.received)
+        if received or step % args.save_every == 0 or step == args.steps:
+            training.save()
+        if received:
+            if live:
+                show("\n")
+            command = f"torchrun --nproc-per-node {WORLD_SIZE}" if LAUNCHED else "python"
+            again = shlex.join([sys.argv[0], "--resume", str(args.out)])
+            raise Stop(f"stopped after step {step}; to go on: {command} {again}", 128 + received)
+    signals.training = False
+    if live:
+        show("\n")
+    if LAUNCHED:
+        largest(0)  # or a process that ends breaks off what another still reads
+        dist.destroy_process_group()
+
+
+def show_progress(record: dict, steps: int, live: bool) -> None:
+    left = record["seconds"] / record["step"] * (steps - record["step"])
+    line = (
+        f"step {record['step']:>{len(str(steps))}}/{steps}  bpc {record['bpc']:.3f}  "
+        f"compression loss {record['compression_loss']:.4f}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  {left:.0f} s left"
+    )
+    if live:  # over the line before, and no longer than the terminal is wide
+        width = shutil.get_terminal_size().columns - 1
+        show(f"\r{line[:width]}\x1b[K")
+    else:
+        show(f"{line}\n")
 
 
 # ---------------------------------------------------------------- evaluation, samples, pictures
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, text: Text, args: argparse.Namespace) -> tuple:
+def evaluate(model: CompressiveTransformer, text: Text, segment: int) -> float:
     """Bits per character of the held-out text, one stream of which every byte is scored once
-    while memory streams over it; and the mean attention weight of a slot by age: six buckets each
-    of compressed memory, memory and segment, over the second half of the segments."""
-    weight, segment, start = model.logits.weight, args.eval_segment or args.segment, text.split
-    weights, nats, ages = [], [], []
-    ask = lambda layer, args, named: (args, named | {"need_weights": True})  # noqa: E731
-    note = lambda layer, args, out: weights.append(out[1].mean(dim=(0, 1, 2)))  # noqa: E731
-    for layer in model.layers:
-        layer.attention.register_forward_pre_hook(ask, with_kwargs=True)
-        layer.attention.register_forward_hook(note)
-    documents = [end for end in text.ends if args.eval_reset and start < end < text.length]
-    for begin, end in pairwise([start, *documents, text.length]):
-        memory = model.initial_memory(1)
-        for at in range(begin, end, segment):
-            row = to_tokens([text.read(at - 1, min(at + segment, end))], weight.device)
-            tokens, targets = row[:, :-1], row[:, 1:]
-            lengths = memory.c_mem[0].size(1), memory.mem[0].size(1), tokens.size(1)
-            weights.clear()
-            logits, memory, _ = model(tokens, memory, need_loss=False)
-            nats.append(F.cross_entropy(logits.to(weight.dtype).mT, targets, reduction="sum"))
-            parts = torch.stack(weights).float().mean(dim=0).split(lengths)
-            ages.append(torch.stack([x.mean() for part in parts for x in part.tensor_split(6)]))
-    bpc = torch.stack(nats).cpu().double().sum().item() * BITS / (text.length - start)
-    return bpc, torch.stack(ages[len(ages) // 2 :]).nanmean(dim=0).view(3, 6).tolist()
+    while memory streams over it."""
+    device = model.logits.weight.device
+    memory = None
+    nats = torch.zeros((), device=device)
+    for start in range(text.split, text.length, segment):
+        end = min(start + segment, text.length)
+        tokens = to_tokens([text.read(start - 1, end)], device)
+        output = model(tokens[:, :-1], memory, need_loss=False)
+        memory = output.memory
+        nats += F.cross_entropy(output.logits[0].float(), tokens[0, 1:], reduction="sum")
+    return nats.item() * BITS / (text.length - text.split)
 
 
-def harmless(text: str) -> str:
+def printable(text: str) -> str:
     """Text that no terminal takes for a command."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def sample(model: nn.Module, text: Text, args: argparse.Namespace, show: Callable) -> str:
-    """Show the prompt and, as it comes, its continuation; returns all that was shown."""
-    device, utf8 = model.logits.weight.device, codecs.getincrementaldecoder("utf-8")("replace")
+def sample(model: CompressiveTransformer, text: Text, args: argparse.Namespace) -> str:
+    """Show a prompt and, as it comes, its continuation; returns what was shown."""
     prompt = os.fsencode(args.prompt) or text.read(text.split, text.split + args.segment)
-    opening = harmless(prompt.decode(errors="replace"))
-    if not args.only:
-        opening = f"--- prompt (held-out text)\n{opening}\n--- continuation\n"
-    show(opening)
-    tokens = model.generate(
-        to_tokens([prompt], device),
-        args.sample_bytes,
-        temperature=0.8,
-        generator=torch.Generator(device).manual_seed(args.seed),
-        stream=lambda token: show(harmless(utf8.decode(bytes(token[0].tolist())))),
-    )
-    show(utf8.decode(b"", final=True))
-    return opening + harmless(bytes(tokens[0, len(prompt) :].tolist()).decode(errors="replace"))
+    shown = [f"--- prompt\n{printable(prompt.decode(errors='replace'))}\n--- continuation\n"]
+    show(shown[0])
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def show_token(token: Tensor) -> None:
+        shown.append(printable(utf8.decode(bytes(token[0].tolist()))))
+        show(shown[-1])
+
+    if args.sample:
+        torch.seed()  # another text each time
+    tokens = to_tokens([prompt], args.device)
+    model.generate(tokens, args.sample_bytes, temperature=0.8, stream=show_token)
+    shown.append(utf8.decode(b"", final=True) + "\n---\n")
+    show(shown[-1])
+    return "".join(shown)
 
 
-def draw(folder: Path, ages: Sequence[Sequence[float]], title: str) -> str:
-    """Draw run.png from metrics.jsonl and the attention by age; returns a line about it."""
+def draw(out: Path, title: str) -> str:
+    """Draw run.png from metrics.jsonl; returns a line about it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return "no run.png: matplotlib is not installed"
-    records = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [x["step"] for x in records]
-    figure = Figure(figsize=(13, 4), layout="constrained")
+        return "no run.png: matplotlib is not installed\n"
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records]
+    figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
-    loss, compression, attention = figure.subplots(1, 3)
-    loss.plot(steps, [x["bpc"] for x in records])
+    loss, compression = figure.subplots(1, 2)
+    loss.plot(steps, [record["bpc"] for record in records])
     loss.set(title="training loss", xlabel="step", ylabel="bits per character")
-    layers = zip(*(x["compression_loss_of_layers"] for x in records), strict=True)
-    for i, losses in enumerate(layers, 1):
-        compression.plot(steps, losses, label=f"layer {i}")
-    compression.set(title="compression loss", xlabel="step", ylabel="mean square")
-    for i, name in enumerate(("compressed memory", "memory", "segment")):
-        attention.bar(range(6 * i, 6 * i + 6), ages[i], label=name)
-    attention.set(title="attention by age", xlabel="oldest to newest", ylabel="weight of a slot")
-    attention.set_xticks([])
-    for axes in (compression, attention):
-        axes.legend()
-    figure.savefig(picture := BytesIO(), format="png", dpi=120)
-    write_whole(folder / "run.png", picture.getbuffer())
-    return f"picture in {folder / 'run.png'}"
+    compression.plot(steps, [record["compression_loss_of_layers"] for record in records])
+    compression.set(title="compression loss of each layer", xlabel="step", ylabel="mean square")
+    compression.legend([f"layer {i + 1}" for i in range(len(compression.lines))])
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(out / "run.png", picture.getbuffer())
+    return f"picture in {out / 'run.png'}\n"
 
 
-# ------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------------- main
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict]:
-    """The options, and the checkpoint of a run to go on with, whose settings are the defaults."""
-    how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    parser = argparse.ArgumentParser("train.py", description=__doc__.splitlines()[0], **how)
-    parser.error = partial(need, False)
-    for name, (default, help) in (COMMAND | SETTINGS).items():
-        flag = isinstance(default, bool)
-        how = {"action": argparse.BooleanOptionalAction} if flag else {"type": type(default)}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=help, **how)
-    args, state = parser.parse_args(argv), {}
-    only = args.eval_only or args.sample
-    need(args.resume or not only, "--eval-only and --sample need a run: add --resume RUN")
-    path = Path(args.resume or args.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S"), "checkpoint.pt")
-    if args.resume:
-        state = load(path)
-        old = state["settings"]
-        parser.set_defaults(**old)
-        args = parser.parse_args(argv)
-        args.processes = WORLD_SIZE
-        for name in old.keys() - FREE.keys() - ({"dtype", "seed", "processes"} if only else set()):
-            known, new = old[name], getattr(args, name)
-            need(new == known, f"the run in {args.resume} has {name} {known}, not {new}")
-    args.only, args.path = only, path
-    return args, state
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse settings that cannot work, and find what 'auto' stands for."""
-    for name, (default, _) in (FREE | FIXED).items():
-        value = getattr(args, name)
-        if isinstance(default, int | float):  # above 0, as the default is, or at least the default
-            ok = 0 < value < math.inf if default > 0 else default <= value < 2**63
-            bound = "above 0" if default > 0 else f"at least {default}"
-            need(ok, f"{name} must be {bound}, got {value}")
-    need(args.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {args.dtype!r}")
-    early = "slots are first read a segment later"
-    need(args.unroll > 1 or not args.bptt, f"unroll must be at least 2 with bptt: {early}")
-    parts = f"{WORLD_SIZE} processes x {args.accumulate} parts (accumulate)"
-    fair = args.batch_size % (WORLD_SIZE * args.accumulate) == 0
-    need(fair, f"batch_size must be divisible by {parts}, got {args.batch_size}")
+def load_parameters(model: CompressiveTransformer, state: dict, out: Path) -> None:
     try:
-        args.config = Config(**{name: getattr(args, name) for name in MODEL})
-        lengths = {"mem_len": args.eval_mem_len, "c_mem_len": args.eval_c_mem_len}
-        args.at_rest = replace(args.config, **{k: v for k, v in lengths.items() if v >= 0})
-    except ValueError as error:
-        raise Stop(str(error)) from None
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise Stop(f"{out / 'checkpoint.pt'} does not fit this model: {reason}") from None
+
+
+def start(args: argparse.Namespace, text: Text, state: dict | None) -> Training:
+    """Begin a run, with a checkpoint so that it can always go on, or go on with one."""
+    needed = 20 * args.batch_size  # then every row has a byte to predict
+    if text.length < needed:
+        few = f"--data {args.data} has {text.length} bytes"
+        raise Stop(f"{few}, {args.batch_size} rows need {needed}: name a longer text")
+    if not state and RANK == 0 and any(args.out.glob("[!.]*")):
+        raise Stop(f"--out {args.out} is not empty: name a new folder, so that no run is lost")
+    if LAUNCHED:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+    training = Training(args, text)
+    if state:
+        load_parameters(training.model, state, args.out)
+        training.restore(state)
+    if RANK == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        cut_metrics(args.out / "metrics.jsonl", training.step)
+    training.save()
+    return training
+
+
+def run(args: argparse.Namespace, state: dict | None, signals: Signals) -> None:
+    """Do what the options say."""
+    began = time.perf_counter()
+    check(args)
     device = find_device(args.device)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if has_bfloat16(device) else "float32"
-    args.settings = {name: getattr(args, name) for name in SETTINGS} | {"processes": WORLD_SIZE}
+    args.settings = {name: value for name, value in vars(args).items() if name not in ACTIONS}
     args.device = device
-    args.parameters = torch.float64 if args.dtype == "float64" else torch.float32
-    args.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-
-def run(args: argparse.Namespace, state: dict, signals: Signals) -> str:
-    """Do what the options say; returns the last line to print."""
-    start, out, rows = time.perf_counter(), args.path.parent, args.batch_size
-    check(args)
+    args.config, args.eval_config = make_configs(args)
     text = find_text(args.data)
-    enough = text.length >= 20 * rows  # every row has a byte to predict, then
-    mend = f"{rows} rows need {20 * rows}: name a longer text or a smaller --batch-size"
-    need(enough, f"--data {args.data} has {text.length} bytes, {mend}")
-    known = not state or state["text"] == text.fingerprint()
-    need(known, f"--data {args.data} is another text than the one that {out} was trained on")
-    quiet = RANK or args.quiet and not args.sample
-    show = str if quiet else partial(print, end="", flush=True)
-    files = [x for x in out.glob("[!.]*") if x.stat().st_size]
-    mend = "name a new folder, so that no run is lost"
-    need(state or not files, f"--out {out} is not empty: {mend}")
-    if not args.only:
-        if LAUNCHED:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
-        training = Training(args, text, state)
-        command = f"torchrun --nproc-per-node {WORLD_SIZE}" if LAUNCHED else "python"
-        signals.again = f"; to go on: {command} {shlex.join([sys.argv[0], '--resume', str(out)])}"
-        show(
-            f"{text.length:,} bytes of {args.data}; "
-            f"{sum(p.numel() for p in training.model.parameters()):,} parameters; "
-            f"{args.device.type}, {args.dtype}; {f'{WORLD_SIZE} processes; ' * LAUNCHED}"
-            f"{f'after step {training.step}; ' * bool(state)}results in {out}\n"
+    if state and state["text"] != text.fingerprint():
+        raise Stop(
+            f"--data {args.data} is another text than the one that {args.out} was trained on"
         )
-        train(training, show, signals)
+    only = args.eval_only or args.sample
+    if not only:
+        training = start(args, text, state)
+        parameters = sum(p.numel() for p in training.model.parameters())
+        show(f"{text.length:,} bytes of {args.data}; {parameters:,} parameters; ")
+        show(f"{device.type}, {args.dtype}; results in {args.out}\n")
+        train(training, signals)
         state = {"model": training.model.state_dict()}
-    if RANK:
-        return ""
+    if RANK > 0:
+        return
 
-    model = CompressiveTransformer(args.at_rest).to(args.device, args.parameters).eval()
-    with fitting(args.path):
-        model.load_state_dict(state["model"])
-    with args.autocast:
-        if args.sample or not args.only:
-            written = sample(model, text, args, show)
-        if args.eval_only or not args.only:
-            val_bpc, ages = evaluate(model, text, args)
-    if args.only:
-        return "\n" * args.sample + (f"val_bpc={val_bpc:.4f}\n" if args.eval_only else "")
-    write_whole(out / "sample.txt", written.encode())
-    show(f"\n---\n{draw(out, ages, f'{args.data}: {val_bpc:.3f} bits per held-out character')}\n")
-    speed, seconds = training.at * rows / training.recorded[1], time.perf_counter() - start
-    return f"val_bpc={val_bpc:.4f} tokens_per_second={speed:.0f} seconds={seconds:.1f}\n"
+    model = CompressiveTransformer(args.eval_config).to(device, DTYPES[args.dtype]).eval()
+    load_parameters(model, state, args.out)
+    with autocast(args):
+        if args.sample or not only:
+            written = sample(model, text, args)
+        if args.eval_only or not only:
+            bpc = evaluate(model, text, args.segment)
+    if not only:
+        write_atomically(args.out / "sample.txt", written.encode())
+        show(draw(args.out, f"{args.data}: {bpc:.3f} bits per held-out character"))
+        speed = training.at * args.batch_size / training.seconds
+        seconds = time.perf_counter() - began
+        show(f"val_bpc={bpc:.4f} tokens_per_second={speed:.0f} seconds={seconds:.1f}\n")
+    elif args.eval_only:
+        show(f"val_bpc={bpc:.4f}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    signals, status, message = Signals(), 0, ""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, signals)
+    signals = Signals()
+    signal.signal(signal.SIGINT, signals)
+    signal.signal(signal.SIGTERM, signals)
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show all of UTF-8
     try:
-        print(run(*parse(argv), signals), end="", flush=True)
+        args, state = parse(argv)
+        run(args, state, signals)
+        return
     except Stop as stop:
-        status, message = stop.status, str(stop)
+        status = stop.status
+        message = str(stop)
     except OSError as error:
-        status, message = 2, f"{error.filename or 'writing'}: {error.strerror or error}"
-    except RuntimeError as error:
-        if not LAUNCHED or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        why = str(error).splitlines()[0].split(". ")[0]
-        status, message = 3, f"process {RANK} has lost another one: {why}"
-    if LOCAL_RANK and status in (1, 2):  # the first process says the same, and torchrun ends this
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # one; if not, the fault is its own
+        status = 2
+        message = f"{error.filename or 'writing'}: {error.strerror or error}"
+    if LOCAL_RANK > 0:  # the first process says the same, and torchrun then ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-    if LOCAL_RANK == 0 < status or status in (1, 2, 3):
-        again = signals.again if status > 2 else ""
-        print(f"train.py: {message}{again}", file=sys.stderr, flush=True)
-    if LAUNCHED:  # gloo's threads hold Python's objects: an ordinary end can abort the process
-        os._exit(status)
+    print(f"train.py: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
