@@ -1,10 +1,11 @@
-"""train.py as a user runs it: a process, its options, its output and its files."""
+"""train.py as a user meets it: its options, its texts, its output and its files."""
 
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -26,17 +27,17 @@ TRAIN = Path(api.__file__).with_name("train.py")
 TINY = "--d-model 16 --n-heads 2 --n-layers 2 --d-ff 16 --mem-len 8 --c-mem-len 4".split()
 TINY += "--compression-rate 2 --segment 8 --batch-size 2 --sample-bytes 20".split()
 TINY += "--device cpu --dtype float32".split()
-FILES = ["checkpoint.pt", "metrics.jsonl", "run.png", "sample.txt", "settings.json"]
+FILES = ["checkpoint.pt", "metrics.jsonl", "run.png", "sample.txt"]
 if find_spec("matplotlib") is None:
     FILES.remove("run.png")
 TEXT = b"In the beginning was the word, and the word was long. " * 40
 
 
-def run(*options: object, cwd: Path, env: dict[str, str] | None = None):
+def run(*options: object, cwd: Path, command: tuple = (sys.executable, TRAIN)):
     """In a process with as many threads as the tests themselves: rounding depends on that."""
-    command = [sys.executable, str(TRAIN), *map(str, options)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
+    words = [str(word) for word in (*command, *options)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=env, timeout=300)
 
 
 @pytest.fixture
@@ -68,6 +69,26 @@ def here(tmp_path: Path, monkeypatch, capsys):
     torch.set_default_dtype(torch.float64)
 
 
+@pytest.fixture(scope="session")
+def run_of_four_steps(tmp_path_factory) -> Path:
+    """A folder with the text and a finished run."""
+    folder = tmp_path_factory.mktemp("four")
+    (folder / "text.txt").write_bytes(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.set_default_dtype(torch.float32)
+        trainer.main(["--data", "text.txt", *TINY, "--steps", "4", "--out", "run"])
+        torch.set_default_dtype(torch.float64)
+    return folder
+
+
+@pytest.fixture
+def four(run_of_four_steps: Path, tmp_path: Path, here):
+    """`here`, in a folder that has the text and that run."""
+    shutil.copytree(run_of_four_steps, tmp_path, dirs_exist_ok=True)
+    return here
+
+
 def refused(result: subprocess.CompletedProcess, message: str) -> None:
     """One line on standard error that says what is wrong; status 2, no traceback."""
     assert result.returncode == 2, result.stderr
@@ -75,57 +96,91 @@ def refused(result: subprocess.CompletedProcess, message: str) -> None:
     assert result.stderr.count("\n") == 1, result.stderr
 
 
-def test_a_run_shows_progress_and_leaves_metrics_and_a_checkpoint(text: Path, tmp_path: Path):
-    result = run("--data", text, *TINY, "--steps", 300, "--out", "run", cwd=tmp_path)
+def records(folder: str | Path) -> list[dict]:
+    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_shows_progress_and_leaves_metrics_and_a_checkpoint(text: Path, here):
+    result = here("--data", text, *TINY, "--steps", 130, "--out", "run")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     lines = result.stdout.splitlines()
+    assert lines[0] == "2,160 bytes of " + str(text) + lines[0][15 + len(str(text)) :]
+    assert lines[0].endswith(" parameters; cpu, float32; results in run")
     shown = [line for line in lines if line.startswith("step ")]
-    assert len(shown) == 43  # every 300 // 40 steps, and the last
+    assert len(shown) == 44  # every 130 // 40 steps, and the last
     pattern = (
-        r"step +\d+/300  bpc \d\.\d{3}  compression loss \d\.\d{4}  [\d,]+ tokens/s  \d+ s left"
+        r"step +\d+/130  bpc \d\.\d{3}  compression loss \d\.\d{4}  [\d,]+ tokens/s  \d+ s left"
     )
     assert all(re.fullmatch(pattern, line) for line in shown)
     summary = re.fullmatch(r"val_bpc=(\d\.\d{4}) tokens_per_second=\d+ seconds=\d+\.\d", lines[-1])
-    assert summary and float(summary[1]) < 3.5  # a model that knows nothing would have 8
+    assert summary and float(summary[1]) < 5  # a model that knows nothing would have 8
     assert "--- continuation" in lines
 
-    records = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [*range(7, 301, 7), 300]
-    assert records[-1]["bpc"] < records[0]["bpc"] < 9
-    assert records[-1]["lr"] < 1e-4 < max(record["lr"] for record in records) <= 3e-3
-    assert all(record["compression_loss"] > 0 for record in records)
+    found = records("run")
+    assert [record["step"] for record in found] == [*range(3, 130, 3), 130]
+    assert found[-1]["bpc"] < found[0]["bpc"] < 9
+    assert found[-1]["lr"] < 1e-4 < max(record["lr"] for record in found) <= 3e-3
+    for record in found:
+        assert record["gradient_norm"] > 0
+        layers = record["compression_loss_of_layers"]
+        assert len(layers) == 2 and min(layers) > 0
+        assert abs(sum(layers) / 2 - record["compression_loss"]) < 1e-12
 
-    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    state = torch.load("run/checkpoint.pt", weights_only=True)
     assert all(group["fused"] for group in state["optimizer"]["param_groups"])
     model = api.CompressiveTransformer(api.Config(**state["config"]))
     model.load_state_dict(state["model"])
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
-    assert json.loads((tmp_path / "run/settings.json").read_text())["steps"] == 300
-    written = (tmp_path / "run/sample.txt").read_text()
+    assert sorted(path.name for path in Path("run").iterdir()) == FILES
+    written = Path("run/sample.txt").read_text()
     assert written in result.stdout and written.startswith("--- prompt")
-    held_out = torch.tensor(list(TEXT[-len(TEXT) // 10 - 1 :]))[None]
-    nats, memory = 0.0, None
+    assert held_out_bpc(model, segment=8) == pytest.approx(float(summary[1]), abs=1e-4)
+    assert here("--resume", "run", "--eval-only").stdout == f"val_bpc={summary[1]}\n"
+
+
+def held_out_bpc(model: torch.nn.Module, segment: int) -> float:
+    """Bits per character of the last tenth of TEXT."""
+    length = len(TEXT) // 10
+    held_out = torch.tensor(list(TEXT[-length - 1 :]))[None]
+    nats = 0.0
+    memory = None
     with torch.no_grad():
-        for at in range(0, held_out.size(1) - 1, 8):
-            part = held_out[:, at : at + 9]
-            logits, memory, _ = model.float()(part[:, :-1], memory)
-            nats += torch.nn.functional.cross_entropy(logits[0], part[0, 1:], reduction="sum")
-    bpc = nats.item() / math.log(2) / (len(TEXT) // 10)
-    assert abs(bpc - float(summary[1])) < 1e-4
-    alone = run("--resume", "run", "--eval-only", cwd=tmp_path)
-    assert alone.stdout == f"val_bpc={summary[1]}\n"
+        for at in range(0, length, segment):
+            part = held_out[:, at : at + segment + 1]
+            output = model(part[:, :-1], memory)
+            memory = output.memory
+            loss = torch.nn.functional.cross_entropy(output.logits[0], part[0, 1:], reduction="sum")
+            nats += loss.item()
+    return nats / math.log(2) / length
+
+
+def test_what_is_recorded_is_the_mean_since_the_last_record(text: Path, here, monkeypatch):
+    """Of the language model's loss and of each layer's, as the model gives them."""
+    seen: list[torch.Tensor] = []
+
+    def forward(self, tokens, memory=None, original=api.CompressiveTransformer.forward, **options):
+        output = original(self, tokens, memory, **options)
+        if torch.is_grad_enabled():
+            seen.append(output.compression_losses.detach())
+        return output
+
+    monkeypatch.setattr(trainer.CompressiveTransformer, "forward", forward)
+    assert here("--data", text, *TINY, "--steps", 80, "--out", "run").returncode == 0
+    for record, pair in zip(records("run"), zip(seen[::2], seen[1::2], strict=True), strict=True):
+        expected = (sum(pair) / 2).tolist()
+        assert record["compression_loss_of_layers"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(text: Path, here):
-    results = [
-        here("--data", text, *TINY, "--steps", 30, "--seed", seed, "--out", f"run{i}").stdout
-        for i, seed in enumerate((1, 1, 2))
-    ]
-    first, second, other = (
-        re.findall(r"bpc (\S+)  compression loss (\S+)|val_bpc=(\S+)", out) for out in results
-    )
-    assert len(first) > 20
+    results = []
+    for i, seed in enumerate((1, 1, 2)):
+        options = [*TINY, "--steps", 20, "--dropout", 0.1, "--seed", seed, "--out", f"run{i}"]
+        out = here("--data", text, *options).stdout
+        numbers = re.findall(r"bpc (\S+)  compression loss (\S+)|val_bpc=(\S+)", out)
+        results.append((numbers, Path(f"run{i}/sample.txt").read_text()))
+    first, second, other = results
+    assert len(first[0]) == 21
     assert first == second != other
 
 
@@ -133,18 +188,20 @@ def test_the_same_seed_gives_the_same_run_and_another_another(text: Path, here):
     "options",
     [
         "--compression dilated_conv --compression-loss autoencoding --no-norm-first --dropout 0.1",
-        "--compression most_used --compression-loss none --unroll 3 --dtype bfloat16",
+        "--compression most_used --compression-loss none --dtype bfloat16",
         "--compression max_pool --c-mem-len 0 --mem-len 0 --batch-size 1",
-        "--bptt --unroll 2 --compression-loss none",
+        "--dtype float64 --recompute",
     ],
 )
 def test_other_settings_train(text: Path, here, options: str):
     result = here("--data", text, *TINY, "--steps", 8, *options.split(), "--out", "run")
     assert result.returncode == 0, result.stderr
-    config = torch.load("run/checkpoint.pt", weights_only=True)["config"]
-    assert config["norm_first"] == ("--no-norm-first" not in options)
-    assert config["bptt"] == ("--bptt" in options)
-    assert config["compression"] in ("conv", *options.split())
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    assert state["config"]["norm_first"] == ("--no-norm-first" not in options)
+    assert state["config"]["recompute"] == ("--recompute" in options)
+    assert state["config"]["compression"] in ("conv", *options.split())
+    dtype = torch.float64 if "float64" in options else torch.float32
+    assert state["model"]["logits.weight"].dtype == dtype
 
 
 def test_a_folder_of_any_bytes_is_read_in_order(tmp_path: Path, here):
@@ -156,29 +213,33 @@ def test_a_folder_of_any_bytes_is_read_in_order(tmp_path: Path, here):
     assert result.returncode == 0, result.stderr
     assert "1,068 bytes of texts" in result.stdout
     assert "\x1b" not in result.stdout
-    text, expected = trainer.find_text("texts"), bytes(range(256)) * 3 + b"\x1b[31m\x00" * 50
-    assert text.length == len(expected)
-    for start, end in ((0, 1068), (700, 800), (768, 769), (767, 768), (1000, 2000), (5, 5)):
-        assert text.read(start, end) == expected[start:end]
+    expected = bytes(range(256)) * 3 + b"\x1b[31m\x00" * 50
+    (tmp_path / "one").write_bytes(expected)
+    for name in ("texts", "one"):
+        text = trainer.find_text(name)
+        assert text.length == len(expected)
+        for start, end in ((0, 1068), (700, 800), (768, 769), (767, 768), (1000, 1068), (5, 5)):
+            assert text.read(start, end) == expected[start:end]
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
-def test_the_default_text_is_the_standard_library(tmp_path: Path):
-    result = run(*TINY, "--steps", 1, "--segment", 128, "--batch-size", 32, cwd=tmp_path)
+def test_the_default_text_is_the_standard_library(here):
+    result = here(*TINY, "--steps", 1, "--segment", 2048, "--batch-size", 32)
     assert result.returncode == 0, result.stderr
     size = int(re.search(r"([\d,]+) bytes of stdlib", result.stdout)[1].replace(",", ""))
     assert size > 1_000_000
 
 
-def test_a_terminal_shows_one_live_line(text: Path, tmp_path: Path):
+def a_terminal_shows_one_live_line(folder: Path) -> None:
     """Under a pseudo-terminal, as the script command of a user would give it."""
     pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
     leader, follower = pty.openpty()
     size = struct.pack("HHHH", 24, 50, 0, 0)  # fewer columns than a line needs
     pytest.importorskip("fcntl").ioctl(follower, pytest.importorskip("termios").TIOCSWINSZ, size)
-    command = [sys.executable, str(TRAIN), "--data", text, *TINY, "--steps", "40"]
+    (folder / "text").write_bytes(TEXT)
+    command = [sys.executable, str(TRAIN), "--data", "text", *TINY, "--steps", "40"]
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=follower, stderr=follower, env=env)
+    process = subprocess.Popen(command, cwd=folder, stdout=follower, stderr=follower, env=env)
     os.close(follower)
     shown = b""
     while True:
@@ -194,9 +255,9 @@ def test_a_terminal_shows_one_live_line(text: Path, tmp_path: Path):
     lines = shown.decode().split("\r\n")
     live = [line for line in lines if "step 40/40" in line]
     assert len(live) == 1
-    _, *shown = live[0].replace("\x1b[K", "").split("\r")
-    assert len(shown) == live[0].count("\x1b[K") == 40
-    assert max(map(len, shown)) == 49  # one more would begin another line
+    _, *updates = live[0].replace("\x1b[K", "").split("\r")
+    assert len(updates) == live[0].count("\x1b[K") == 40
+    assert max(map(len, updates)) == 49  # one more would begin another line
 
 
 @pytest.mark.parametrize(
@@ -204,8 +265,8 @@ def test_a_terminal_shows_one_live_line(text: Path, tmp_path: Path):
     [
         ("--data nowhere.txt", "--data nowhere.txt is not there or has no text: name a"),
         ("--data empty", "--data empty is not there or has no text"),
-        ("--accumulate 3", r"batch_size must be divisible by 1 processes x 3 parts .*, got 2"),
         ("--eval-mem-len 0", "mem_len must be at least compression_rate - 1 = 1, got 0"),
+        ("--eval-c-mem-len -1", "c_mem_len must be an integer of at least 0, got -1"),
         ("--eval-only", "--eval-only and --sample need a run: add --resume RUN"),
         ("--sample", "--eval-only and --sample need a run: add --resume RUN"),
         ("--resume nowhere", "nowhere/checkpoint.pt: No such file"),
@@ -215,15 +276,16 @@ def test_a_terminal_shows_one_live_line(text: Path, tmp_path: Path):
         ("--out short", "short: File exists"),
         ("--out short/run", "short/run: Not a directory"),
         ("--steps 0", "steps must be above 0, got 0"),
-        ("--steps many", "--steps: invalid int value: 'many'"),
+        ("--segment -3", "segment must be above 0, got -3"),
+        ("--steps many", "argument --steps: invalid int value: 'many'"),
         ("--lr 0", "lr must be above 0, got 0"),
         ("--lr nan", "lr must be above 0, got nan"),
         ("--d-model 15", "d_model must be divisible by n_heads = 2, got 15"),
         ("--dropout 1", r"dropout must be a number in \[0, 1\), got 1.0"),
         ("--compression sum", "compression must be one of conv, .*, got 'sum'"),
-        ("--bptt", "unroll must be at least 2 with bptt: slots are first read a segment later"),
         ("--device warp", "--device warp cannot be used: .*; try --device cpu"),
-        ("--dtype int8", "dtype must be one of auto, float32, bfloat16, float64, got 'int8'"),
+        ("--device meta", "--device meta cannot be used: .*; try --device cpu"),
+        ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
         ("--sed 3", "unrecognized arguments: --sed 3"),
         ("--seed -1", "seed must be at least 0, got -1"),
     ],
@@ -244,9 +306,19 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert (tmp_path / "taken/metrics.jsonl").read_text() == "precious"
 
 
-def test_a_refusal_ends_the_process_with_status_2_and_no_traceback(text: Path, tmp_path: Path):
-    refused(run("--data", text, "--n-heads", 3, cwd=tmp_path), "d_model must be divisible by")
-    assert list(tmp_path.iterdir()) == [text]
+def a_refusal_ends_the_process_with_status_2_and_no_traceback(folder: Path) -> None:
+    (folder / "text").write_bytes(TEXT)
+    refused(run("--data", "text", "--n-heads", 3, cwd=folder), "d_model must be divisible by")
+    assert [path.name for path in folder.iterdir()] == ["text"]
+
+
+def help_tells_every_option(folder: Path) -> None:
+    """Without docstrings, too."""
+    result = run("--help", cwd=folder, command=(sys.executable, "-OO", TRAIN))
+    assert result.returncode == 0
+    for name in api.Config.__dataclass_fields__.keys() - {"vocab_size", "bptt"}:
+        assert f"--{name.replace('_', '-')} " in result.stdout
+    assert result.stdout.count("(default: ") >= 24
 
 
 def test_tiny_shakespeare_is_refused_without_network(tmp_path: Path, here, monkeypatch):
@@ -268,12 +340,16 @@ def test_tiny_shakespeare_is_fetched_once_checked_and_kept(tmp_path: Path, monke
     for _ in range(2):
         assert trainer.find_text("tinyshakespeare").read(0, len(TEXT)) == TEXT
         (tmp_path / "source").unlink(missing_ok=True)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["tinyshakespeare.txt"]
+    kept = tmp_path / "data/tinyshakespeare.txt"
+    assert list((tmp_path / "data").iterdir()) == [kept]
+    kept.write_bytes(TEXT[:-1])
+    with pytest.raises(trainer.Stop, match="tinyshakespeare.txt is not the whole of Tiny Shakes"):
+        trainer.find_text("tinyshakespeare")
 
 
-@pytest.mark.parametrize(("length", "rows", "unroll"), [(100, 4, 1), (111, 3, 2), (60, 3, 3)])
-def test_an_epoch_reads_every_byte_of_the_text_once(here, monkeypatch, length, rows, unroll):
-    """A step reads up to `unroll` segments, fewer where the rows end; then they begin anew."""
+@pytest.mark.parametrize(("length", "rows", "segment"), [(100, 4, 8), (111, 3, 16), (60, 3, 24)])
+def test_an_epoch_reads_every_byte_of_the_text_once(here, monkeypatch, length, rows, segment):
+    """A step reads up to a segment, less where the rows end; then they begin anew."""
     Path("text").write_bytes(bytes(range(length)))
     reads: list[list[bytes]] = []
     empty: list[bool] = []
@@ -282,28 +358,20 @@ def test_an_epoch_reads_every_byte_of_the_text_once(here, monkeypatch, length, r
         reads.append(parts)
         return original(parts, device)
 
-    def forward(self, tokens, memory, original=trainer.Step.forward):
+    def forward(self, tokens, memory=None, original=api.CompressiveTransformer.forward, **options):
         empty.append(memory is None)
-        return original(self, tokens, memory)
+        return original(self, tokens, memory, **options)
 
     monkeypatch.setattr(trainer, "to_tokens", to_tokens)
-    monkeypatch.setattr(trainer.Step, "forward", forward)
+    monkeypatch.setattr(trainer.CompressiveTransformer, "forward", forward)
     share = (length - length // 10 - 1) // rows
-    steps = -(-share // (8 * unroll))
-    options = ["--steps", 2 * steps, "--unroll", unroll, "--batch-size", rows]
-    assert here("--data", "text", *TINY, *options, "--quiet").returncode == 0
+    steps = -(-share // segment)
+    options = ["--steps", 2 * steps, "--segment", segment, "--batch-size", rows]
+    assert here("--data", "text", *TINY, *options).returncode == 0
     reads = reads[: 2 * steps]  # the rest is evaluation
-    assert empty == [i % steps == 0 for i in range(2 * steps)]
+    assert empty[: 2 * steps] == [i % steps == 0 for i in range(2 * steps)]
     pairs = [pair for parts in reads for part in parts for pair in pairwise(part)]
     assert sorted(pairs) == sorted([(i, i + 1) for i in range(rows * share)] * 2)
     for row in range(rows):  # each row goes on where it was, and begins anew with its stretch
         targets = [byte for parts in reads for byte in parts[row][1:]]
         assert targets == 2 * list(range(row * share + 1, row * share + share + 1))
-
-
-def test_help_tells_every_option(tmp_path: Path):
-    result = run("--help", cwd=tmp_path)
-    assert result.returncode == 0
-    for name in api.Config.__dataclass_fields__.keys() - {"vocab_size"}:
-        assert f"--{name.replace('_', '-')} " in result.stdout
-    assert result.stdout.count("(default: ") >= 18
