@@ -25,7 +25,8 @@ class Adapter:
         return model.initial_memory(batch_size)
 
     def step(self, model: nn.Module, tokens: Tensor, state: Any) -> tuple[Tensor, Any, Tensor]:
-        return model(tokens, state)
+        output = model(tokens, state)
+        return output.logits, output.memory, output.compression_loss
 
     def read(self, state: Any) -> list[tuple[Tensor, Tensor]]:
         return list(zip(state.mem, state.c_mem, strict=True))
@@ -90,8 +91,7 @@ class Adapter:
         if model.config.compression_loss == "autoencoding":
             return self.module.autoencoding_loss(layer.decompress, old, layer.compress(old))
         attention = layer.attention
-        q, kv = attention.queries(h), attention.project(old)
-        return self.module.attention_reconstruction_loss(attention, q, kv, layer.compress(old))
+        return self.module.attention_reconstruction_loss(attention, h, old, layer.compress(old))
 
     def layers(self, model: nn.Module, h: Tensor, state: Any) -> tuple[Tensor, Any, list[Tensor]]:
         S = state.c_mem[0].size(1) + state.mem[0].size(1) + h.size(1)
@@ -99,12 +99,11 @@ class Adapter:
         attention: list[Tensor] = []
         slots = []
         for layer, mem, c_mem in zip(model.layers, *state, strict=True):
-            seen = layer.attention_norm(h) if model.config.norm_first else h
-            attention.append(
-                layer.attention(seen, c_mem, mem, positions, need_weights=True).weights
-            )
-            h, mem, c_mem, _ = layer(h, mem, c_mem, positions, need_loss=False)
-            slots.append((mem, c_mem))
+            inputs = (h, mem, c_mem, positions)
+            attention.append(layer(*inputs, need_weights=True).attention_weights)
+            output = layer(*inputs, need_loss=False)  # a call of its own: weights cost the shortcut
+            h = output.h
+            slots.append((output.mem, output.c_mem))
         return h, self.replace(state, slots), attention
 
     def relative_shift(self, scores: Tensor) -> Tensor:

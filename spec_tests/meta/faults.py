@@ -16,17 +16,27 @@ def fault(rule: str, what: str, *changes: str) -> Fault:
 
 
 MASK = "scores[..., S - T :].masked_fill_(future, -math.inf)"
-READ = "read = self.attention(x, c_mem, mem, positions, need_weights=by_use)"
-EVICT = "old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]"
+READ = "attended, weights = self.attention(x, c_mem, mem, positions, need_weights or by_use)"
+REMEMBER = "self.remember(x, mem, c_mem, weights)"
+OLD = "old = held[:, : n * compression_rate]"
+LEAVING = "leaving = n * compression_rate"
+STAYS = "held[:, leaving:]"
 JOIN = "c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)"
-CUT = "c_mem[:, max(0, c_mem.size(1) - c_mem_len) :]"
-COUNT = "n = -(-overflow // compression_rate) if c_mem_len > 0 else 0"
+CUT = "forgotten = max(0, c_mem.size(1) - c_mem_len)"
+COUNT = "n = -(-overflow // compression_rate)"
 OVERFLOW = "overflow = max(0, held.size(1) - mem_len)"
 EMBED = "h = self.dropout(self.embedding(tokens))"
-DETACH = "x, mem = x.detach(), mem.detach()"
-RETURN = "return mem, c_mem if config.bptt else c_mem.detach(), loss"
-TURN = "for layer, mem, c_mem in zip(self.layers, *memory, strict=True):"
-LOSS = "loss = attention_reconstruction_loss(self.attention, read.q, kv, compressed)"
+DETACH = "            x = x.detach()\n            mem = mem.detach()\n"
+DETACH_NEW = "update = update._replace(c_mem=update.c_mem.detach())"
+RETURN = "return LayerOutput(h, update.mem, "
+MEMS = "mem = tuple(output.mem for output in outputs)"
+TURN = "for layer, m, cm in zip(self.layers, mem, c_mem, strict=True):"
+LOSS = "return attention_reconstruction_loss(self.attention, x, old, compressed)"
+QUERIES = "        q = attention.heads(attention.query(h))\n"
+TARGET = "        target = attend(q, attention.key_value(old))\n"
+HELD = "    with torch.no_grad():\n" + QUERIES + TARGET
+CALLED = "constants, (compressed,))"
+MEAN = "Memory(mem, c_mem), losses.mean()"
 LAYERS = "self.norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()"
 
 FAULTS = [
@@ -81,20 +91,38 @@ FAULTS = [
     fault(
         "ATT-3",
         "no content bias",
-        "(self.content_bias, self.position_bias)",
-        "(0 * self.content_bias, self.position_bias)",
+        "scale * content_bias[:, None, None]",
+        "0 * content_bias[:, None, None]",
+        "(q + self.content_bias[:, None])",
+        "(q + 0 * self.content_bias[:, None])",
+    ),
+    fault(
+        "ATT-3",
+        "no position bias for few queries",
+        "(q + self.position_bias[:, None])",
+        "(q + 0 * self.position_bias[:, None])",
+    ),
+    fault(
+        "ATT-3",
+        "no position bias but for few queries",
+        "scale * position_bias[:, None, None]",
+        "0 * position_bias[:, None, None]",
     ),
     fault(
         "ATT-3",
         "a bias is not scaled",
-        "bias, alpha=K**-0.5)",
-        "bias)",
+        "scale * q + scale * content_bias[:, None, None]",
+        "scale * q + content_bias[:, None, None]",
+        "scale * (q + self.content_bias[:, None])",
+        "scale * q + self.content_bias[:, None]",
     ),
     fault(
         "ATT-3",
         "scaled by the whole width",
-        "return q * q.size(-1) ** -0.5",
-        "return q * x.size(-1) ** -0.5",
+        "scale = q.size(-1) ** -0.5",
+        "scale = (q.size(0) * q.size(-1)) ** -0.5",
+        "scale = K**-0.5",
+        "scale = D**-0.5",
     ),
     fault(
         "ATT-4",
@@ -112,25 +140,26 @@ FAULTS = [
     fault(
         "ATT-5",
         "memory keeps what is not normalised",
-        "return h, *self.remember(x, mem",
-        "return h, *self.remember(raw, mem",
-        "x = self.attention_norm(h) if",
-        "raw = h\n        x = self.attention_norm(h) if",
+        REMEMBER,
+        REMEMBER.replace("(x,", "(raw,"),
+        "x = h  # what attention reads",
+        "raw = h\n        x = h  # what attention reads",
     ),
     fault("ATT-6", "a mean over the rows", EMBED, f"{EMBED}\n        h = h + 0.01 * h.mean(dim=0)"),
     fault(
         "ATT-6",
         "rows and heads mixed up",
-        ".permute(1, 2, 0, 3).flatten(2)",
-        ".permute(1, 2, 0, 3).flatten(2).view(T, B, D).transpose(0, 1)",
+        "found.movedim(0, 2).flatten(2)",
+        "found.movedim(0, 2).reshape(found.size(2), found.size(1), -1).transpose(0, 1)",
     ),
     # ---------------------------------------------------------------------------------- memory
     fault(
         "MEM-1",
         "the newest leave",
-        EVICT,
-        "stay = held.size(1) - max(n * compression_rate, overflow)\n    "
-        "old, mem = held[:, stay : stay + n * compression_rate], held[:, :stay]",
+        OLD,
+        "stay = held.size(1) - leaving\n    old = held[:, stay : stay + n * compression_rate]",
+        STAYS,
+        "held[:, :stay]",
     ),
     fault(
         "MEM-1",
@@ -153,11 +182,8 @@ FAULTS = [
     fault(
         "MEM-2",
         "x[-0:]",
-        EVICT,
-        EVICT.replace(
-            "held[:, max(n * compression_rate, overflow) :]",
-            "held[:, max(n * compression_rate, overflow) - held.size(1) :]",
-        ),
+        STAYS,
+        "held[:, leaving - held.size(1) :]",
     ),
     fault(
         "MEM-2",
@@ -172,31 +198,33 @@ FAULTS = [
         "MEM-2",
         "a rest stays",
         COUNT,
-        COUNT.replace("-(-overflow // compression_rate)", "overflow // compression_rate"),
-        EVICT,
-        EVICT.replace(
-            "max(n * compression_rate, overflow)", "n * compression_rate if c_mem_len else overflow"
-        ),
+        "n = overflow // compression_rate",
     ),
     fault(
         "MEM-3",
         "a rest is lost",
         COUNT,
-        COUNT.replace("-(-overflow // compression_rate)", "overflow // compression_rate"),
+        "n = overflow // compression_rate",
+        LEAVING,
+        "leaving = overflow",
     ),
     fault(
         "MEM-3",
         "a rest is kept twice",
-        EVICT,
-        EVICT.replace("max(n * compression_rate, overflow)", "overflow"),
+        LEAVING,
+        "leaving = overflow",
     ),
-    fault("MEM-3", "the newest compressed slots are forgotten", CUT, "c_mem[:, :c_mem_len]"),
+    fault(
+        "MEM-3",
+        "the newest compressed slots are forgotten",
+        "c_mem[:, forgotten:]",
+        "c_mem[:, :c_mem_len]",
+    ),
     fault(
         "MEM-3",
         "the oldest slot is kept twice, where c does not divide",
-        EVICT,
-        EVICT
-        + "\n    mem = torch.cat([old[:, :1], mem], dim=1) if n * compression_rate > overflow else mem",
+        STAYS,
+        "torch.cat([old[:, : min(1, leaving - overflow)], held[:, leaving:]], dim=1)",
     ),
     fault(
         "MEM-4",
@@ -214,37 +242,40 @@ FAULTS = [
         "MEM-4",
         "one block too many, where c divides",
         COUNT,
-        COUNT.replace(
-            "-(-overflow // compression_rate)",
-            "(overflow + compression_rate) // compression_rate * (overflow > 0)",
-        ),
+        "n = (overflow + compression_rate) // compression_rate * (overflow > 0)",
     ),
     fault(
         "MEM-4",
         "a loss where nothing was compressed",
-        "loss = x.new_zeros(())",
-        "loss = x.new_ones(())",
+        "return compressed.new_zeros(())",
+        "return compressed.new_ones(())",
+        "return old.new_zeros(())",
+        "return old.new_ones(())",
+    ),
+    fault(
+        "MEM-4",
+        "a loss where there is none",
+        "return x.new_zeros(())",
+        "return x.new_ones(())",
     ),
     fault(
         "MEM-5",
         "the block is one slot late",
-        EVICT,
-        EVICT.replace(
-            "held[:, : n * compression_rate]", "held.roll(-1, dims=1)[:, : n * compression_rate]"
-        ),
+        OLD,
+        OLD.replace("held", "held.roll(-1, dims=1)"),
     ),
     fault(
         "MEM-5",
         "the layers' f_c are mixed up",
         LAYERS,
         f"{LAYERS}\n        for i, layer in enumerate(self.layers):\n            layer.__dict__['other'] = self.layers[i - 1].compress",
-        "config, compress = self.config, self.compress",
-        "config, compress = self.config, self.__dict__['other']",
+        "compress = self.compress\n",
+        "compress = self.__dict__['other']\n",
     ),
     fault(
         "MEM-5",
         "usage of the compressed slots",
-        "weights[..., weights.size(3) - slots :].mean",
+        "weights[..., S - slots :].mean",
         "weights[..., :slots].mean",
     ),
     fault(
@@ -257,35 +288,33 @@ FAULTS = [
         "MEM-6",
         "new slots are read at once, where memory is full",
         READ,
-        "like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0) - 1) if by_use else None\n        early = self.remember(x, mem, c_mem, Attended(x, like, x, x), False)[1]\n        "
+        "like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0) - 1) if by_use else None\n        early = self.remember(x, mem, c_mem, like).c_mem\n        "
         + READ.replace("c_mem,", "early if early.shape == c_mem.shape else c_mem,"),
     ),
-    fault("MEM-7", "outputs are stored", "*self.remember(x, mem", "*self.remember(h, mem"),
-    fault("MEM-7", "layers in the wrong order", "Memory(tuple(mems)", "Memory(tuple(mems[::-1])"),
+    fault("MEM-7", "outputs are stored", REMEMBER, REMEMBER.replace("(x,", "(h,")),
+    fault("MEM-7", "layers in the wrong order", MEMS, MEMS.replace("outputs)", "outputs[::-1])")),
     fault(
         "MEM-7",
         "all layers store the first one's input",
-        "mems.append(mem)",
-        "mems.append(mem if not mems else mems[0])",
+        MEMS,
+        MEMS.replace("output.mem", "outputs[0].mem"),
     ),
     fault(
         "MEM-8",
         "memory is changed in place",
-        "loss = x.new_zeros(())",
-        "loss = x.new_zeros(())\n        given.mul_(0.5)",
-        "config, compress = self.config, self.compress",
-        "config, compress, given = self.config, self.compress, mem",
+        RETURN,
+        "mem.mul_(0.5)\n        " + RETURN,
     ),
-    fault("MEM-8", "no detach of memory", DETACH, "c_mem = c_mem.detach()"),
-    fault("MEM-8", "no detach of compressed memory", RETURN, "return mem, c_mem, loss"),
+    fault("MEM-8", "no detach of memory", DETACH, ""),
+    fault("MEM-8", "no detach of compressed memory", DETACH_NEW, "pass"),
     fault(
-        "MEM-8", "memory in float64", RETURN, RETURN.replace("return mem,", "return mem.double(),")
+        "MEM-8", "memory in float64", RETURN, RETURN.replace("update.mem", "update.mem.double()")
     ),
     fault(
         "MEM-9",
         "a layer reads the memory above it",
         TURN,
-        TURN.replace("*memory", "memory.mem[1:] + memory.mem[:1], memory.c_mem"),
+        TURN.replace(" mem,", " mem[1:] + mem[:1],"),
     ),
     fault(
         "MEM-9",
@@ -356,10 +385,10 @@ FAULTS = [
     fault(
         "CMP-4",
         "the most used in the order of their use",
-        "order[:, :n].sort(dim=1).values",
-        "order[:, :n]",
+        "most_used_first[:, :n].sort(dim=1).values",
+        "most_used_first[:, :n]",
     ),
-    fault("CMP-4", "another dilation", "self.dilations = 1, 2, 4", "self.dilations = 1, 2, 3"),
+    fault("CMP-4", "another dilation", "DILATIONS = (1, 2, 4)", "DILATIONS = (1, 2, 3)"),
     fault(
         "CMP-4",
         "no ReLU in the dilated layers",
@@ -370,95 +399,96 @@ FAULTS = [
     fault(
         "LOSS-1",
         "the loss trains the queries",
-        "q, kv = q.detach(), kv.detach()",
-        "kv = kv.detach()",
+        HELD,
+        QUERIES[4:] + TARGET[4:].replace("(old)", "(old).detach()"),
     ),
     fault(
         "LOSS-1",
         "the loss trains keys and values",
-        "F.linear(slots, self.key_value.weight.detach())",
-        "F.linear(slots, self.key_value.weight)",
+        "{name: p.detach() for",
+        "{name: p for",
     ),
     fault(
         "LOSS-1",
         "the memories are not held constant",
-        "q, kv = q.detach(), kv.detach()",
-        "q = q.detach()",
+        TARGET,
+        TARGET[4:],
     ),
-    fault("LOSS-1", "the block is not held constant", "                old = old.detach()\n", ""),
+    fault("LOSS-1", "the block is not held constant", "            old = old.detach()\n", ""),
     fault(
         "LOSS-1",
         "the compressed slots are held constant",
-        "attention.project(compressed)), target",
-        "attention.project(compressed.detach())), target",
+        CALLED,
+        CALLED.replace("compressed", "compressed.detach()"),
     ),
     fault(
         "LOSS-1",
         "one layer's loss alone",
-        "torch.stack(losses).mean()",
-        "torch.stack(losses[-1:]).mean()",
+        MEAN,
+        MEAN.replace("losses", "losses[-1:]"),
     ),
     fault(
         "LOSS-2",
         "keys and values are frozen",
-        "self.key_value.weight.detach()",
-        "self.key_value.weight.detach_()",
+        "{name: p.detach() for",
+        "{name: p.detach_() for",
     ),
     fault(
         "LOSS-2",
         "back-propagation through time unasked",
-        "if not config.bptt:\n            x, mem",
-        "if False:\n            x, mem",
-        RETURN,
-        "return mem, c_mem, loss",
+        "if not self.config.bptt:",
+        "if False:",
     ),
     fault(
-        "LOSS-2", "back-propagation through time never", RETURN, "return mem, c_mem.detach(), loss"
+        "LOSS-2",
+        "back-propagation through time never",
+        "if not self.config.bptt:  # nor",
+        "if True:  # nor",
     ),
     fault(
         "LOSS-2",
         "no gradient through the values",
-        "self.dropout, self.training), v_h))",
-        "self.dropout, self.training), v_h.detach()))",
+        "found = dropout(weights) @ v",
+        "found = dropout(weights) @ v.detach()",
         "@ w_v.mT",
         "@ w_v.detach().mT",
     ),
     fault(
         "LOSS-3",
         "dropout in the loss",
-        "return torch.bmm(scores.softmax(dim=-1, dtype=scores.dtype), kv[1])",
-        "return torch.bmm(F.dropout(scores.softmax(dim=-1), 0.5), kv[1])",
+        "return scores.softmax(dim=-1, dtype=scores.dtype) @ v",
+        "return F.dropout(scores.softmax(dim=-1), 0.5) @ v",
     ),
     fault(
         "LOSS-3",
         "compared with what stays",
         LOSS,
-        LOSS.replace(" kv,", " self.attention.project(torch.cat([old, mem], dim=1)),"),
+        LOSS.replace(" old,", " torch.cat([old, update.mem], dim=1),"),
     ),
     fault(
         "LOSS-4",
         "compared with what stays, where something does",
         LOSS,
-        LOSS.replace(" kv,", " self.attention.project(mem if mem.size(1) else old),"),
+        LOSS.replace(" old,", " update.mem if update.mem.size(1) else old,"),
     ),
     fault(
         "LOSS-5",
         "no scale",
-        "scores = torch.bmm(q, kv[0].mT)",
-        "scores = torch.bmm(q * q.size(-1) ** 0.5, kv[0].mT)",
+        "scores = (q.size(-1) ** -0.5 * q) @ k.mT",
+        "scores = q @ k.mT",
     ),
-    fault("LOSS-5", "a sum over layers", "torch.stack(losses).mean()", "torch.stack(losses).sum()"),
+    fault("LOSS-5", "a sum over layers", MEAN, MEAN.replace("mean", "sum")),
     fault(
         "LOSS-5",
         "the rows mixed up",
-        "target = attention.content(q, kv)",
-        "target = attention.content(q, kv.flip(1))",
+        TARGET,
+        TARGET.replace("(old)", "(old.flip(0))"),
     ),
     fault(
         "LOSS-5",
         "the mean distance",
-        "return F.mse_loss(attention.content",
-        "return F.l1_loss(attention.content",
+        "return F.mse_loss(attend(",
+        "return F.l1_loss(attend(",
     ),
     fault(
         "LOSS-5",
@@ -469,17 +499,15 @@ FAULTS = [
     fault(
         "LOSS-6",
         "half the gradient",
-        "attention.project(compressed)), target",
-        "attention.project((compressed + compressed.detach()) / 2)), target",
+        CALLED,
+        CALLED.replace("compressed", "(compressed + compressed.detach()) / 2"),
     ),
     # ------------------------------------------------------------------------------- the model
     fault(
         "MOD-1",
         "whole blocks leave although nothing is compressed",
-        COUNT,
-        "n = -(-overflow // compression_rate)",
-        "compressed = old\n    if n > 0:",
-        "compressed = old[:, :0]\n    if n > 0 and c_mem_len > 0:",
+        "leaving = overflow",
+        "leaving = -(-overflow // compression_rate) * compression_rate",
     ),
     fault(
         "MOD-1",
@@ -490,14 +518,14 @@ FAULTS = [
     fault(
         "MOD-2",
         "a dropout of its own",
-        "F.dropout(weights, self.dropout, self.training)",
-        "F.dropout(weights, 0.1, self.training)",
+        "self.dropout = nn.Dropout(dropout)  # of the weights",
+        "self.dropout = nn.Dropout(max(dropout, 0.1))",
     ),
     fault(
         "MOD-2",
         "no loss in evaluation mode",
-        'if need_loss and self.compression_loss != "none":',
-        'if need_loss and self.compression_loss != "none" and self.training:',
+        'if self.compression_loss == "none":',
+        'if self.compression_loss == "none" or not self.training:',
     ),
     fault(
         "MOD-3",
@@ -508,14 +536,16 @@ FAULTS = [
     fault(
         "MOD-4",
         "the first length is kept",
-        "S = tokens.size(1) + memory",
-        "self.length = getattr(self, 'length', tokens.size(1))\n        S = self.length + memory",
+        "mem[0].size(1) + tokens.size(1)\n",
+        "mem[0].size(1) + self.length\n",
+        EMBED,
+        f"{EMBED}\n        self.length = getattr(self, 'length', tokens.size(1))",
     ),
     fault(
         "MOD-5",
         "nothing is checked",
-        "self._check(tokens, memory)\n        memory = self.initial",
-        "memory = self.initial",
+        "check_input(self, tokens, memory)\n        if memory is None",
+        "if memory is None",
     ),
     fault(
         "MOD-5", "tokens are not looked at", 'if tokens.device.type == "cpu" and', "if False and"

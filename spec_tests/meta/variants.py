@@ -7,11 +7,13 @@ from torch import Tensor
 
 from ..adapters import reference
 
-READ = "read = self.attention(x, c_mem, mem, positions, need_weights=by_use)"
-UPDATE = "overflow = max(0, held.size(1) - mem_len)"
-OLD = "    old, mem = held[:, : n * compression_rate], held[:, max(n * compression_rate, overflow) :]\n"
-ASKS = "if self.c_mem_len > 0:"
-LOSS = "loss = attention_reconstruction_loss(self.attention, read.q, kv, compressed)"
+READ = "attended, weights = self.attention(x, c_mem, mem, positions, need_weights or by_use)"
+REMEMBER = "self.remember(x, mem, c_mem, weights)"
+COUNT = "n = -(-overflow // compression_rate)"
+LEAVING = "leaving = n * compression_rate"
+OLD = "old = held[:, : n * compression_rate]"
+ASKS = "if config.c_mem_len > 0:"
+LOSS = "return attention_reconstruction_loss(self.attention, x, old, compressed)"
 
 # name -> what the adapter declares, what it has not, and what stands instead of what
 VARIANTS = {
@@ -22,11 +24,13 @@ VARIANTS = {
         (
             (
                 "empty = self.embedding.weight.new_zeros(batch_size, 0, self.config.d_model)\n"
-                "        return Memory(*((empty,) * self.config.n_layers for _ in range(2)))",
-                "lengths = self.config.mem_len, self.config.c_mem_len\n"
+                "        layers = (empty,) * self.config.n_layers\n"
+                "        return Memory(mem=layers, c_mem=layers)",
+                "config = self.config\n"
                 "        zeros = self.embedding.weight.new_zeros\n"
-                "        empty = [zeros(batch_size, n, self.config.d_model) for n in lengths]\n"
-                "        return Memory(*((x,) * self.config.n_layers for x in empty))",
+                "        mem = zeros(batch_size, config.mem_len, config.d_model)\n"
+                "        c_mem = zeros(batch_size, config.c_mem_len, config.d_model)\n"
+                "        return Memory((mem,) * config.n_layers, (c_mem,) * config.n_layers)",
             ),
         ),
     ),
@@ -34,22 +38,19 @@ VARIANTS = {
         {"storage": "raw", "norms": ("pre",)},
         (),
         (
-            (
-                "x = self.attention_norm(h) if pre_norm",
-                "raw, x = h, self.attention_norm(h) if pre_norm",
-            ),
+            ("x = h  # what attention reads", "raw = h\n        x = h  # what attention reads"),
             (
                 READ,
                 READ.replace("c_mem, mem", "self.attention_norm(c_mem), self.attention_norm(mem)"),
             ),
-            ("*self.remember(x, mem", "*self.remember(raw, mem"),
+            (REMEMBER, REMEMBER.replace("(x,", "(raw,")),
             (
                 LOSS,
-                "norm = self.attention_norm\n                "
-                "w, b = norm.weight.detach(), norm.bias.detach()\n                "
-                "old, compressed = (F.layer_norm(y, w.shape, w, b) for y in (old, compressed))\n"
-                "                if read.kv is None:\n"
-                "                    kv = self.attention.project(old)\n                " + LOSS,
+                "weight = self.attention_norm.weight.detach()\n"
+                "        bias = self.attention_norm.bias.detach()\n"
+                "        old = F.layer_norm(old, weight.shape, weight, bias)\n"
+                "        compressed = F.layer_norm(compressed, weight.shape, weight, bias)\n"
+                "        " + LOSS,
             ),
         ),
     ),
@@ -58,15 +59,16 @@ VARIANTS = {
         ("weights",),
         (
             (
-                "self.output = Linear(d_model, d_model, bias=False)",
-                "self.output = Linear(d_model, d_model, bias=False)\n"
+                "self.output = nn.Linear(d_model, d_model, bias=False)",
+                "self.output = nn.Linear(d_model, d_model, bias=False)\n"
                 "        self.other = nn.Linear(d_model, 2 * d_model, bias=False)",
             ),
             (
-                "[self.key_value(part) for part in slots]",
-                "[self.other(slots[0]), *map(self.key_value, slots[1:])]",
+                "[self.keys_and_values(self.key_value(part)) for part in slots]",
+                "[self.other(slots[0]), *(self.key_value(part) for part in slots[1:])]\n"
+                "        kv = [self.keys_and_values(part) for part in kv]",
             ),
-            ("self.attend_to_slots if T < K else self.attend_to_keys", "self.attend_to_keys"),
+            ("if few and is_bare(self.key_value)", "if False and is_bare(self.key_value)"),
         ),
     ),
     "what c does not divide is filled up with zeros": (
@@ -74,16 +76,19 @@ VARIANTS = {
         ("weights",),
         (
             (ASKS, "if False:"),
+            (LEAVING, "leaving = overflow"),
             (
                 OLD,
-                "    old, mem = held[:, :overflow], held[:, overflow:]\n"
-                "    old = F.pad(old, (0, 0, n * compression_rate - overflow, 0)) if n > 0 else old[:, :0]\n",
+                "old = held[:, :0]\n"
+                "    if n > 0:\n"
+                "        missing = n * compression_rate - overflow\n"
+                "        old = F.pad(held[:, :overflow], (0, 0, missing, 0))",
             ),
-            (LOSS, f"kv = self.attention.project(old)\n                {LOSS}"),
             (
                 "compress = partial(compress, usage=usage)",
-                "over = -max(0, usage.size(1) - config.mem_len) % config.compression_rate\n"
-                "            compress = partial(compress, usage=F.pad(usage, (over, 0)))",
+                "overflow = max(0, usage.size(1) - self.config.mem_len)\n"
+                "            missing = -overflow % self.config.compression_rate\n"
+                "            compress = partial(compress, usage=F.pad(usage, (missing, 0)))",
             ),
         ),
     ),
@@ -92,16 +97,25 @@ VARIANTS = {
         ("weights",),
         (
             (ASKS, "if False:"),
-            ("n = -(-overflow // compression_rate) if", "n = overflow // compression_rate if"),
+            (COUNT, "n = overflow // compression_rate"),
+            (LEAVING, "leaving = overflow"),
         ),
     ),
     "time first, a sum over layers, no loss in evaluation mode": (
         {"layout": "time_first", "loss_over_layers": "sum", "loss_in_eval": False},
         (),
         (
-            ("torch.stack(losses).mean()", "torch.stack(losses).sum()"),
-            ('!= "none":', '!= "none" and self.training:'),
+            ("losses.mean()", "losses.sum()"),
+            (
+                'if self.compression_loss == "none":',
+                'if self.compression_loss == "none" or not self.training:',
+            ),
         ),
+    ),
+    "the plain attention alone, without what is there for speed": (
+        {},
+        (),
+        (("self.attention = FasterAttention(", "self.attention = RelativeMultiHeadAttention("),),
     ),
 }
 
@@ -114,7 +128,7 @@ class TimeFirst(reference.Adapter):
     """The reference with time before rows in all that it takes and gives."""
 
     def step(self, model: Any, tokens: Tensor, state: Any) -> tuple[Tensor, Any, Tensor]:
-        logits, state, loss = model(swap(tokens), state)
+        logits, state, loss = super().step(model, swap(tokens), state)
         return swap(logits), state, loss
 
     def read(self, state: Any) -> list:
