@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch does without it
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DistributedDataParallel warns in vain
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -266,7 +267,7 @@ def load(path: Path) -> dict:
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            complete = "model" in state and "settings" in state
+            complete = state.keys() >= {"model", "optimizer", "memory", "settings", "text"}
         except Exception:  # torch raises many kinds
             complete = False
     if not complete:
@@ -549,7 +550,8 @@ def printable(text: str) -> str:
 
 def sample(model: CompressiveTransformer, text: Text, args: argparse.Namespace) -> str:
     """Show a prompt and, as it comes, its continuation; returns what was shown."""
-    prompt = os.fsencode(args.prompt) or text.read(text.split, text.split + args.segment)
+    held_out = text.read(text.split, min(text.split + args.segment, text.length))
+    prompt = os.fsencode(args.prompt) or held_out
     shown = [f"--- prompt\n{printable(prompt.decode(errors='replace'))}\n--- continuation\n"]
     show(shown[0])
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")

@@ -65,6 +65,18 @@ def supported(impl: Implementation) -> Settings:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """The tests of train.py that take processes of their own begin with the session, in a thread,
+    and are done when their turn comes."""
+    items = [item for item in request.session.items if "test_in_processes" in item.name]
+    if not items:
+        yield {}
+        return
+    names = {item.callspec.params["name"] for item in items}
+    yield from items[0].module.start_processes(names, tmp_path_factory.mktemp("processes"))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch_random.seed(0)

@@ -224,7 +224,7 @@ def test_a_folder_of_any_bytes_is_read_in_order(tmp_path: Path, here):
 
 
 def test_the_default_text_is_the_standard_library(here):
-    result = here(*TINY, "--steps", 1, "--segment", 2048, "--batch-size", 32)
+    result = here(*TINY, "--steps", 1, "--segment", 256, "--batch-size", 32)
     assert result.returncode == 0, result.stderr
     size = int(re.search(r"([\d,]+) bytes of stdlib", result.stdout)[1].replace(",", ""))
     assert size > 1_000_000

@@ -22,7 +22,7 @@ import train
 torch = train.torch  # imported there, without its warning about NumPy
 importlib.import_module("torch._dynamo")  # optimisers load it at their first step
 
-OPTIONS = "--steps 24 --save-every 1 --batch-size 4 --segment 8 --unroll 2 --dropout 0.1 --quiet "
+OPTIONS = "--steps 24 --save-every 1 --batch-size 4 --segment 8 --dropout 0.1 "
 OPTIONS += "--d-model 64 --n-heads 2 --n-layers 2 --d-ff 512 --mem-len 16 --c-mem-len 8 "
 OPTIONS += "--compression-rate 2 --sample-bytes 4 --device cpu --dtype float32"
 TIMING = "seconds", "tokens_per_second"
