@@ -6,6 +6,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
+from . import oracle
 from .adapter import COMPRESSIONS, Settings
 from .implementation import Slots, load
 from .support import Case, cases, check, filled, random_slots, tokens
@@ -24,7 +28,7 @@ PLAIN = Settings()
 SMALL = Settings(mem_len=5)
 
 
-def make(**changes) -> torch.nn.Module:
+def make(**changes) -> nn.Module:
     return reference.build(SMALL._replace(**changes))
 
 
@@ -58,8 +62,9 @@ def test_generate_feeds_one_token_a_step_however_little_is_remembered(lengths):
     prompt, memory = tokens(SMALL, 2, 3), None
     expected = feed = prompt
     for _ in range(4):
-        logits, memory, _ = model(feed, memory)
-        feed = logits[:, -1:].argmax(dim=-1)
+        step = model(feed, memory)
+        memory = step.memory
+        feed = step.logits[:, -1:].argmax(dim=-1)
         expected = torch.cat([expected, feed], dim=1)
     assert torch.equal(model.generate(prompt, 4, temperature=0), expected)
 
@@ -101,6 +106,29 @@ def test_generate_samples_from_the_softmax_at_the_temperature():
         found = sample[:, -1].bincount(minlength=11) / 4000
         assert (found - expected).abs().max() < 0.03
         assert found[expected == 0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("tied", [11, 5])
+def test_sample_keeps_exactly_k_of_equally_likely_tokens(tied: int):
+    """The likelier ones, and of the tied as many as there is room for."""
+    logits = torch.zeros(1, 11)
+    logits[:, tied:] = 1
+    likelier = set(range(tied, 11))
+    generator = torch.Generator().manual_seed(0)
+    for k in (1, 3, 8, 11, 12):
+        found = {int(api.sample(logits, 1.0, k, generator)) for _ in range(200)}
+        assert len(found) == min(k, 11)
+        assert found <= likelier or found >= likelier
+
+
+def test_one_candidate_is_the_likeliest_token_even_where_bfloat16_makes_ties():
+    logits = torch.randn(500, 300).clamp(max=2).to(torch.bfloat16)
+    highest = logits.amax(dim=-1, keepdim=True)
+    assert (logits == highest).sum() > 2000
+    for temperature, top_k in ((1.0, 1), (3.0, 1), (0, None), (0, 7)):
+        found = api.sample(logits, temperature, top_k, None)
+        assert found.shape == (500, 1)
+        assert torch.equal(logits.gather(1, found), highest)
 
 
 def test_generate_repeats_itself_with_the_same_generator():
@@ -294,14 +322,15 @@ def test_every_combination_trains(name):
                 dropout=dropout,
             )
         )
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.04)
         text, losses = tokens(SMALL, 2, 16), []
-        for _ in range(10):
+        for _ in range(4):
             total, memory = 0.0, None
             for segment in text.split(8, dim=1):
-                logits, memory, compression_loss = model(segment, memory)
-                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), segment[:, 1:].flatten())
-                total = total + loss + compression_loss
+                step = model(segment, memory)
+                memory = step.memory
+                loss = F.cross_entropy(step.logits[:, :-1].mT, segment[:, 1:])
+                total = total + loss + step.compression_loss
             total.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -317,64 +346,319 @@ def test_dropout_drops_in_training_alone():
     assert not torch.equal(model(text).logits, model(text).logits)
 
 
+@pytest.mark.parametrize("kind", ["RelativeMultiHeadAttention", "FasterAttention"])
+@pytest.mark.parametrize("queries", [3, 5])  # fewer than a head is wide, and more
 @pytest.mark.parametrize("dropout", [{}, {"dropout": 0.5}])
-def test_attention_weights_drop_out_if_asked(dropout: dict[str, float]):
-    attention = api.RelativeMultiHeadAttention(8, 2, **dropout).double()
-    x, positions = torch.randn(2, 3, 8), reference.adapter.sinusoid(4, 8)
+def test_attention_weights_drop_out_if_asked(kind: str, queries: int, dropout: dict[str, float]):
+    attention = getattr(api, kind)(8, 2, **dropout)
+    x, positions = torch.randn(2, queries, 8), reference.adapter.sinusoid(queries + 1, 8)
     inputs = x, x[:, :0], x[:, :0], positions
     outputs = [attention(*inputs, need_weights=True) for _ in range(2)]
     assert torch.equal(outputs[0][1], outputs[1][1])  # the weights handed out are whole
+    drawn = [attention(*inputs)[0] for _ in range(2)]
     attention.eval()
     whole = attention(*inputs)[0]
     assert torch.equal(attention(*inputs)[0], whole)
+    assert dropout or torch.equal(drawn[0], whole)
     assert not dropout or not torch.equal(outputs[0][0], outputs[1][0])
-    assert dropout or torch.equal(outputs[0][0], whole)
+    assert not dropout or not torch.equal(drawn[0], drawn[1])
 
 
-@pytest.mark.parametrize("heads", [0, 1, 2, 4])
-def test_heads_taken_in_groups_are_those_taken_at_once(heads: int, monkeypatch):
-    attention = api.RelativeMultiHeadAttention(16, 4).double()
-    sizes = {"c_mem": 2, "mem": 3, "x": 5}  # as many queries as a head is wide, and more
-    slots = {name: torch.randn(2, n, 16, requires_grad=name == "x") for name, n in sizes.items()}
-
-    def results() -> list:
-        positions = reference.adapter.sinusoid(11, 16)
-        output, weights, *_ = attention(**slots, positions=positions, need_weights=True)
-        learned = [slots["x"], *attention.parameters()]
-        return [output, weights, *torch.autograd.grad(output.square().sum(), learned)]
-
-    whole = results()
-    sizes, split = [], torch.Tensor.split
-    monkeypatch.setattr(api, "SCORES_AT_ONCE", heads * 2 * 5 * 10 + 99)
-    monkeypatch.setattr(
-        torch.Tensor, "split", lambda x, size, dim=0: sizes.append(size) or split(x, size, dim)
-    )
-    for came, expected in zip(results(), whole, strict=True):
-        torch.testing.assert_close(came, expected, rtol=1e-12, atol=1e-12)
-    heads = max(heads, 1)
-    assert sorted(set(sizes)) == [heads, 2 * heads]  # of heads, and of heads times rows
-    assert attention(**slots, positions=reference.adapter.sinusoid(11, 16))[1] is None
+# ------------------------------------------------------- what is there for speed changes nothing
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (1,), (2, 8), (3, 5), (17,)])
-@pytest.mark.parametrize(("width", "bias"), [(128, True), (129, False), (127, False)])
-def test_linear_is_that_of_torch_however_few_the_rows(
-    autocast, dtype, shape, width, bias, monkeypatch
+@pytest.fixture
+def heads_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """With how many heads the equation was called, each time."""
+    heads, equation = [], api.relative_attention
+
+    def noted(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+        heads.append(len(q))
+        return equation(q, *others)
+
+    monkeypatch.setattr(api, "relative_attention", noted)
+    return heads
+
+
+def attentions(d_model: int, n_heads: int, **settings: float) -> tuple[nn.Module, nn.Module]:
+    """The plain attention and the faster one, with the same random parameters."""
+    plain = api.RelativeMultiHeadAttention(d_model, n_heads, **settings)
+    faster = api.FasterAttention(d_model, n_heads, **settings)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    faster.load_state_dict(plain.state_dict())
+    return plain, faster
+
+
+def results(attention: nn.Module, parts: list[Tensor], **options: bool) -> list[Tensor]:
+    """An attention's output, from a seed of its own, and its gradients."""
+    S = sum(part.size(1) for part in parts)
+    positions = api.sinusoid(torch.arange(S - 1.0, -2, -1), parts[0].size(2))
+    torch.manual_seed(7)
+    output, weights = attention(*parts, positions, **options)
+    assert (weights is not None) == bool(options)
+    learned = [*parts, *attention.parameters()]
+    return [output, *torch.autograd.grad(output.square().sum(), learned)]
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("memories", [(0, 0), (0, 3), (4, 0), (2, 5)])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_faster_attention_is_the_plain_one(
+    dropout: float, batch: int, memories: tuple[int, int], heads_at_once: list[int]
 ):
-    products, bmm = [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *args: products.append(len(args[0])) or bmm(*args))
-    linear = api.Linear(512, width, bias).to(dtype)
-    x = torch.randn(*shape, 512, dtype=dtype).mT.contiguous().mT.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        came, expected = linear(x), F.linear(x, linear.weight, linear.bias)
-    up = torch.randn_like(came)
-    grads = (torch.autograd.grad(y, [x, *linear.parameters()], up) for y in (came, expected))
-    for one, other in zip([came, *next(grads)], [expected, *next(grads)], strict=True):
-        torch.testing.assert_close(one, other)
-    few = 0 < x.numel() // 512 <= 16 and dtype != torch.bfloat16 and not autocast
-    assert products == [8 if width == 128 else 1] * (few and width != 127)
+    """For every number of queries below a head's width of 4, for that, and for more."""
+    plain, faster = attentions(16, 4, dropout=dropout)
+    for queries in (1, 2, 3, 4, 9):
+        lengths = [queries, *memories]
+        parts = [torch.randn(batch, n, 16, requires_grad=True) for n in lengths]
+        expected = results(plain, parts)
+        heads_at_once.clear()
+        close(results(faster, parts), expected)
+        assert heads_at_once == ([] if queries < 4 else [4])  # the shortcut has its own equation
+        close(results(faster, parts, need_weights=True), expected)
+        assert heads_at_once[-1] == 4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("room", "groups"), [(0, [1] * 4), (1, [1] * 4), (2, [2, 2]), (3, [3, 1])])
+def test_heads_taken_in_groups_are_those_taken_at_once(
+    room: int, groups: list[int], batch: int, heads_at_once: list[int]
+):
+    plain, faster = attentions(16, 4)
+    parts = [torch.randn(batch, n, 16, requires_grad=True) for n in (5, 2, 3)]
+    expected = results(plain, parts)
+    heads_at_once.clear()
+    faster.SCORES_AT_ONCE = room * batch * 5 * 10 + 9  # the scores of so many heads, and a rest
+    close(results(faster, parts), expected)
+    assert heads_at_once == groups
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank adapter beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+    def merged(self) -> nn.Linear:
+        linear = copy.deepcopy(self.base)
+        with torch.no_grad():
+            linear.weight += self.up.weight @ self.down.weight
+        return linear
+
+
+def replace_forward(layer: nn.Linear) -> None:
+    forward = layer.forward
+    layer.forward = lambda x: 1.5 * forward(x)
+
+
+def stretch_by_parametrisation(layer: nn.Linear) -> None:
+    weight_norm(layer)
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(1.5)
+
+
+def with_bias(layer: nn.Linear) -> nn.Linear:
+    biased = nn.Linear(layer.in_features, layer.out_features)
+    biased.weight = layer.weight
+    return biased
+
+
+def stretch_output(layer: nn.Linear, args: object, output: Tensor) -> Tensor:
+    return 1.5 * output
+
+
+def stretch_input(layer: nn.Linear, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (1.5 * args[0],)
+
+
+def count(layer: nn.Linear, *gradients: object) -> None:
+    layer.backwards = getattr(layer, "backwards", 0) + 1
+
+
+# What makes a layer more than its weight, in place or by another layer in its place.
+CHANGES: dict[str, Callable[[nn.Linear], object]] = {
+    "an adapter": Adapted,
+    "a forward hook": lambda layer: layer.register_forward_hook(stretch_output),
+    "a forward pre-hook": lambda layer: layer.register_forward_pre_hook(stretch_input),
+    "a backward hook": lambda layer: layer.register_full_backward_hook(count),
+    "a backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(count),
+    "a parametrisation": stretch_by_parametrisation,
+    "a forward of its own": replace_forward,
+    "a bias": with_bias,
+}
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The modules that were called. No hook tells: hooks are among what is tested."""
+    modules, call = [], nn.Module.__call__
+
+    def noted(module: nn.Module, *args: object, **options: object) -> object:
+        modules.append(module)
+        return call(module, *args, **options)
+
+    monkeypatch.setattr(nn.Module, "__call__", noted)
+    return modules
+
+
+FEW = {"d_model": 24, "mem_len": 40}  # a head is 12 wide: the 8 tokens of a segment are few
+
+
+def split_logits(model: nn.Module, text: Tensor) -> Tensor:
+    """Of five segments of 8 tokens, none of which the memory forgets."""
+    memory, logits = None, []
+    for segment in text.split(8, dim=1):
+        step = model(segment, memory)
+        memory = step.memory
+        logits.append(step.logits)
+    return torch.cat(logits, dim=1)
+
+
+def test_the_shortcut_calls_no_layer_for_the_slots(called: list[nn.Module]):
+    model, text = make(**FEW), tokens(SMALL, 2, 40)
+    layers = [getattr(x.attention, name) for x in model.layers for name in ("key_value", "query")]
+    whole = model(text).logits
+    assert all(layer in called for layer in layers)
+    called.clear()
+    torch.testing.assert_close(split_logits(model, text), whole, rtol=0, atol=1e-10)
+    assert [layer in called for layer in layers] == [False, True] * 2
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # memories need no gradient
+@pytest.mark.parametrize("name", ["key_value", "relative_key"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_shortcut_steps_aside_for_a_layer_that_is_more_than_its_weight(
+    change: str, name: str, called: list[nn.Module]
+):
+    model, text = make(**FEW), tokens(SMALL, 2, 40)
+    attention = model.layers[1].attention
+    before = model(text).logits
+    other = CHANGES[change](getattr(attention, name))
+    if isinstance(other, nn.Module):
+        setattr(attention, name, other)
+    layer = getattr(attention, name)
+    called.clear()
+    whole = model(text).logits
+    in_one_segment = called.count(layer)
+    assert in_one_segment > 0
+    called.clear()
+    split = split_logits(model, text)
+    assert called.count(layer) == 5 * in_one_segment
+    torch.testing.assert_close(split, whole, rtol=0, atol=1e-10)
+    if "backward" in change:
+        split.square().sum().backward()
+        assert layer.backwards >= 5
+    elif (change, name) != ("a bias", "relative_key"):  # which adds the same to all of a query
+        assert (whole - before).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_the_shortcut_steps_aside_for_quantised_layers(called: list[nn.Module]):
+    """What they read is rounded as well, by its own range: a text's in one segment is another than
+    in five, up to the error of 8 bits, but the plain attention's is the same."""
+    model, text = make(**FEW).float(), tokens(SMALL, 2, 40)
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    whole, split = model(text).logits, split_logits(model, text)
+    for layer in model.layers:
+        for linear in (layer.attention.key_value, layer.attention.relative_key):
+            assert type(linear) is not nn.Linear and called.count(linear) >= 6
+        layer.attention.__class__ = api.RelativeMultiHeadAttention
+    assert torch.equal(split_logits(model, text), split)
+    assert (split - whole).std() < 0.1 * whole.std()
+
+
+def test_the_compression_loss_of_an_adapted_model_is_that_of_the_merged_one():
+    model = make(n_layers=2)
+    for layer in model.layers:
+        layer.attention.query = Adapted(layer.attention.query)
+        layer.attention.key_value = Adapted(layer.attention.key_value)
+    merged = copy.deepcopy(model)
+    for layer in merged.layers:
+        layer.attention.query = layer.attention.query.merged()
+        layer.attention.key_value = layer.attention.key_value.merged()
+    memory = other = None
+    for segment in tokens(SMALL, 2, 24).split(6, dim=1):
+        step, same = model(segment, memory), merged(segment, other)
+        close([step.compression_losses, step.logits], [same.compression_losses, same.logits])
+        memory, other = step.memory, same.memory
+    assert (step.compression_losses > 0).all()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(step.compression_loss, parameters, allow_unused=True)
+    for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
+        assert parameter.requires_grad
+        assert (gradient is not None) == ("compress" in name), name
+
+
+# --------------------------------------------------------------- what a step hands out, and tools
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"n_layers": 3, "norm_first": False},
+        {"compression_loss": "autoencoding", "bptt": True},
+        {"compression": "most_used"},
+    ],
+)
+def test_losses_and_weights_of_a_step_are_those_of_its_layers(more: dict):
+    model, memory = make(**more), None
+    for segment in tokens(SMALL, 2, 24).split(6, dim=1):
+        step = model(segment, memory, need_weights=True)
+        before = model.initial_memory(2) if memory is None else memory
+        S = before.c_mem[0].size(1) + before.mem[0].size(1) + 6
+        positions = api.sinusoid(torch.arange(S - 1.0, -2, -1), 8)
+        h, outputs = model.embedding(segment), []
+        for layer, mem, c_mem in zip(model.layers, *before, strict=True):
+            outputs.append(layer(h, mem, c_mem, positions, need_weights=True))
+            h = outputs[-1].h
+        alone = torch.stack([output.compression_loss for output in outputs])
+        assert torch.equal(step.compression_losses, alone)
+        assert torch.equal(step.compression_loss, alone.mean())
+        weights = [output.attention_weights for output in outputs]
+        assert all(map(torch.equal, step.attention_weights, weights))
+        assert all(map(torch.equal, step.memory.mem, [output.mem for output in outputs]))
+        assert all(map(torch.equal, step.memory.c_mem, [output.c_mem for output in outputs]))
+        assert torch.equal(step.logits, model.logits(model.norm(h)))
+        memory = step.memory
+    assert len(set(alone.tolist())) == (1 if "most_used" in more.values() else len(model.layers))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("length", [3, 6])  # fewer tokens than a head is wide, and more
+def test_attention_weights_are_those_of_the_loops(length: int, recompute: bool):
+    model = make()
+    model.config = replace(model.config, recompute=recompute)
+    named = oracle.lists(reference.weights(model))
+    memory = model(tokens(SMALL, 2, 16)).memory  # of 3 and 4 slots
+    text = tokens(SMALL, 2, length)
+    step, without = model(text, memory, need_weights=True), model(text, memory)
+    assert without.attention_weights == (None, None)
+    close([step.logits, *step.memory.mem], [without.logits, *without.memory.mem])
+    for row in range(2):
+        slots = [[part[row].tolist() for part in layers] for layers in memory]
+        loops = oracle.step(reference.declared, SMALL, named, text[row].tolist(), *slots)
+        for weights, expected in zip(step.attention_weights, loops.attention, strict=True):
+            assert weights.shape == (2, 2, length, 3 + 4 + length)
+            for t in range(length):
+                seen = 3 + 4 + t + 1
+                found = weights[row, :, t]
+                close([found[:, :seen]], [torch.tensor([head[t] for head in expected])])
+                assert not found[:, seen:].any()
+                close([found.sum(dim=1)], [torch.ones(2)])
 
 
 @pytest.mark.parametrize("compression_loss", ["attention", "autoencoding"])
@@ -401,9 +685,10 @@ def test_recomputing_changes_nothing_but_what_is_kept(more: dict):
         saved = kept[recompute] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
             for at in range(0, 24, 6):
-                logits, memory, loss = model(text[:, at : at + 6], memory)
+                step = model(text[:, at : at + 6], memory)
+                memory = step.memory
                 targets = text[:, at + 1 : at + 7]
-                total = total + loss + F.cross_entropy(logits.mT, targets)
+                total = total + step.compression_loss + F.cross_entropy(step.logits.mT, targets)
         total.backward()
         found = [total, *memory.mem, *memory.c_mem, *(p.grad for p in model.parameters())]
         return [x for x in found if x is not None]
@@ -437,9 +722,10 @@ def test_autocast_keeps_memories_in_the_parameters_dtype():
     memory = None
     for segment in text.split(8, dim=1):
         with torch.autocast("cpu", torch.bfloat16):
-            logits, memory, loss = model(segment, memory)
-        assert logits.dtype == torch.bfloat16
-        (F.cross_entropy(logits.float().flatten(0, 1), segment.flatten()) + loss).backward()
+            step = model(segment, memory)
+        memory = step.memory
+        assert step.logits.dtype == torch.bfloat16
+        (F.cross_entropy(step.logits.float().mT, segment) + step.compression_loss).backward()
         for layer in reference.read(memory):
             assert layer.mem.dtype == layer.c_mem.dtype == torch.float32
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -455,26 +741,36 @@ def test_deepcopy_and_state_dict_after_a_step():
         assert torch.equal(step.logits, model(text[:, 8:], first.memory).logits)
 
 
-def test_torch_compile_changes_nothing():
-    model = make(n_layers=1, mem_len=3, compression="most_used")
+@pytest.mark.parametrize(("name", "starts"), [("conv", True), ("most_used", False)])
+def test_torch_compile_changes_nothing(name: str, starts: bool):
+    """Of a first step, which begins without memory, and of one with memories that are full."""
+    model = make(n_layers=1, mem_len=3, compression=name).train()
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
-    text, memory, other = tokens(SMALL, 2, 16), None, None
-    for segment in text.split(8, dim=1):
-        step, same = model(segment, memory), compiled(segment, other)
-        torch.testing.assert_close(same.logits, step.logits, rtol=0, atol=1e-10)
-        memory, other = step.memory, same.memory
+    memory = None if starts else model(tokens(SMALL, 2, 8)).memory
+    text = tokens(SMALL, 2, 8)
+    step, same = model(text, memory), compiled(text, memory)
+    gradients = []
+    for network, output in ((model, step), (compiled, same)):
+        (output.logits.square().sum() + output.compression_loss).backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    expected, found = [step.logits, step.compression_loss], [same.logits, same.compression_loss]
+    for memory, other in zip(step.memory, same.memory, strict=True):
+        expected += memory
+        found += other
+    for one, other in zip(found + gradients[1], expected + gradients[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_a_step_never_waits_for_the_device(name):
     """On the meta device there are shapes and no values: whoever asks for one raises."""
-    model = make(compression=name).to("meta")
+    model = make(n_layers=1, compression=name).to("meta")
     memory = None
-    for _ in range(3):
-        step = model(torch.zeros(2, 4, dtype=torch.int64, device="meta"), memory)
+    for _ in range(2):  # both make slots, and the second reads some
+        step = model(torch.zeros(2, 9, dtype=torch.int64, device="meta"), memory)
         (step.logits.sum() + step.compression_loss).backward()
         memory = step.memory
-    assert step.logits.shape == (2, 4, 11) and memory.c_mem[0].size(1) == 3
+    assert step.logits.shape == (2, 9, 11) and memory.c_mem[0].size(1) == 3
 
 
 # ------------------------------------------------------------------------------- parts used alone
@@ -528,9 +824,6 @@ def test_parts_refuse_what_does_not_fit():
     for shape in ([2, 5], [3, 6], [2, 6, 1]):
         with pytest.raises(ValueError, match=r"usage must be \[2, 6 or more\], got"):
             used(torch.zeros(2, 6, 8), torch.zeros(shape))
-    attention = api.RelativeMultiHeadAttention(8, 2)
-    with pytest.raises(ValueError, match=r"positions must be \[7, 8\], got \[6, 8\]"):
-        attention(*(torch.zeros(2, n, 8) for n in (3, 2, 1)), torch.zeros(6, 8))
     model, text = make(), tokens(SMALL, 2, 3)
     mem, c_mem = model(text).memory
     for memory in ([mem, c_mem], (mem, c_mem, c_mem), mem[0]):
@@ -559,18 +852,29 @@ def test_losses_alone_train_the_compressed_slots_alone():
     attention = api.RelativeMultiHeadAttention(8, 2).double()
     decompress = api.Decompression(8, 2).double()
     h, old, new = (torch.randn(2, n, 8, requires_grad=True) for n in (3, 4, 2))
-    q, kv = attention.queries(h), attention.heads(attention.key_value(old), parts=2)
-    api.attention_reconstruction_loss(attention, q, kv, new).backward()
+    api.attention_reconstruction_loss(attention, h, old, new).backward()
     assert h.grad is None and old.grad is None and new.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in attention.parameters())
-    assert api.attention_reconstruction_loss(attention, q, kv[:, :, :1], new[:, :1]) > 0
+    assert api.attention_reconstruction_loss(attention, h, old[:, :1], new[:, :1]) > 0
     api.autoencoding_loss(decompress, old, new).backward()
     assert old.grad is None and decompress.conv.weight.grad.abs().sum() > 0
     for loss in (
-        api.attention_reconstruction_loss(attention, q, kv[:, :, :0], new[:, :0]),
+        api.attention_reconstruction_loss(attention, h, old[:, :0], new[:, :0]),
         api.autoencoding_loss(decompress, old[:, :0], new[:, :0]),
     ):
         assert loss == 0 and loss.shape == ()
+
+
+# By hand: torch's own would take seconds to be imported, and to import what the file needs not.
+OPTIMIZER = """
+class optimizer:
+    def step():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.01 * parameter.grad
+    def zero_grad():
+        model.zero_grad()
+""".splitlines()
 
 
 def test_the_file_trains_alone_in_an_empty_folder(tmp_path: Path):
@@ -587,9 +891,9 @@ def test_the_file_trains_alone_in_an_empty_folder(tmp_path: Path):
             "from compressive import CompressiveTransformer, Config",
             "segments = [torch.randint(256, (2, 2, 100)).unbind() for _ in range(3)]",
             loop[0],
-            "optimizer = torch.optim.AdamW(model.parameters())",
+            *OPTIMIZER,
             *loop[1:],
-            "assert memory.c_mem[0].size(1) > 0 and compression_loss > 0",
+            "assert memory.c_mem[0].size(1) > 0 and output.compression_loss > 0",
         ]
     )
     ran = subprocess.run(

@@ -303,7 +303,7 @@ FAULTS = [
         "MEM-8",
         "memory is changed in place",
         RETURN,
-        "mem.mul_(0.5)\n        " + RETURN,
+        "mem.data.mul_(0.5)\n        " + RETURN,
     ),
     fault("MEM-8", "no detach of memory", DETACH, ""),
     fault("MEM-8", "no detach of compressed memory", DETACH_NEW, "pass"),
