@@ -60,11 +60,11 @@ class Implementation:
         model = self.adapter.build(settings).to(self.dtype).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                noise = torch.randn(parameter.shape, dtype=self.dtype)
-                if parameter.dim() == 1:  # biases, and gains around 1
-                    parameter.copy_(float(parameter.eq(1).all()) + 0.3 * noise)
+                if parameter.dim() <= 1:  # biases, and gains around 1
+                    center = float(parameter.eq(1).all())
+                    parameter.normal_(center, std=0.3)
                 else:
-                    parameter.copy_(1.2 * noise / parameter.size(-1) ** 0.5)
+                    parameter.normal_(std=1.2 / parameter.size(-1) ** 0.5)
         return model
 
     def start(self, model: nn.Module, batch: int) -> Any:

@@ -28,7 +28,8 @@ class TorchRandom:
     setstate = staticmethod(torch.set_rng_state)
 
     def seed(self, seed: int) -> None:
-        torch.manual_seed(seed + self.shift)
+        # torch.manual_seed would also look for devices, which takes longer than many an example.
+        torch.default_generator.manual_seed(seed + self.shift)
 
 
 torch_random = TorchRandom()
