@@ -56,6 +56,7 @@ def failure(check: Callable[[Implementation], None], impl: Implementation) -> Ex
 def test_a_fault_is_caught_by_the_rule_that_names_it(fault: Fault):
     impl = Implementation(reference.Adapter(changed(fault.changes)), fault.what)
     of_the_rule = [check for name, check in checks().items() if fault.rule in rules_of(name)]
+    of_the_rule.reverse()  # a file's later checks are the quicker ones
     with profile("quick"):
         caught = any(failure(check, impl) is not None for check in of_the_rule)
     assert caught, f"{fault.rule} holds"
