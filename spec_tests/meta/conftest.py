@@ -32,7 +32,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     global pool
     chosen = [item for item in session.items if item.get_closest_marker("elsewhere")]
     if len(chosen) < 2 or session.config.option.collectonly:
-        return  # one alone runs here, where a debugger can step into it
+        return  # one alone runs here, where pytest explains more and a debugger can step in
     context = get_context("spawn")  # a fork would not survive what torch has started
     settings = session.config.option.spec_profile, session.config.option.spec_seed, torch.float64
     pool = ProcessPoolExecutor(AT_A_TIME, context, initializer=prepare, initargs=settings)
@@ -50,7 +50,11 @@ def call(test: Callable, parameters: Mapping[str, object]) -> None:
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if pyfuncitem not in begun:
         return None
-    begun.pop(pyfuncitem).result()
+    error = begun.pop(pyfuncitem).exception()
+    if error is not None:
+        pytest.fail(
+            str(error.__cause__ or error), pytrace=False
+        )  # the cause is the traceback there
     return True
 
 
