@@ -25,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The rules first, so that there is something to do in the meantime."""
     items.sort(key=lambda item: not rules_of(item.name))
 
 
@@ -52,9 +53,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     error = begun.pop(pyfuncitem).exception()
     if error is not None:
-        pytest.fail(
-            str(error.__cause__ or error), pytrace=False
-        )  # the cause is the traceback there
+        cause = error.__cause__ or error  # the traceback of the other process
+        pytest.fail(str(cause), pytrace=False)
     return True
 
 
