@@ -28,7 +28,7 @@ class TorchRandom:
     setstate = staticmethod(torch.set_rng_state)
 
     def seed(self, seed: int) -> None:
-        # torch.manual_seed would also look for devices, which takes longer than many an example.
+        # The tests run on a CPU; torch.manual_seed would look for other devices every time, too.
         torch.default_generator.manual_seed(seed + self.shift)
 
 
@@ -93,7 +93,7 @@ def cases(
         lowest = 0 if zeros else 1
         memories = st.integers(lowest, 7)
         compressed_memories = st.integers(lowest, 4)
-        alone = {name: value for name, value in fixed.items() if not isinstance(value, tuple)}
+        constant = {k: value for k, value in fixed.items() if not isinstance(value, tuple)}
 
         @st.composite
         def draw_case(draw: st.DrawFn) -> Case:
@@ -111,7 +111,7 @@ def cases(
                 compression_loss=draw(losses),
                 norm_first=draw(norms_first),
             )
-            settings = settings._replace(**alone)
+            settings = settings._replace(**constant)
             lengths = st.integers(shortest, longest)
             if only_rests:
                 lengths = lengths.filter(lambda T: T % rate)
