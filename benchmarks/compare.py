@@ -21,6 +21,7 @@ floating-point operations would be done as products of the feed-forward's shape.
 
 import argparse
 import importlib
+import math
 import multiprocessing
 import os
 import platform
@@ -63,7 +64,8 @@ LENGTHS = (256, 1024, 4096, 16384)  # mem_len + c_mem_len
 def settings_of(name: str) -> tuple[Settings, int]:
     """The settings of that name, and the batch size."""
     *values, rate, batch = SETTINGS[name]
-    return Settings(compression_rate=rate, **dict(zip(NAMES, values, strict=True))), batch
+    named = dict(zip(NAMES, values, strict=True))
+    return Settings(compression_rate=rate, **named), batch
 
 
 class Subject:
@@ -83,7 +85,10 @@ class Subject:
     ) -> None:
         torch.manual_seed(0)
         self.impl: Implementation = load(f"spec_tests.adapters.{name}")
-        self.name, self.settings, self.batch, self.device = name, settings, batch, device
+        self.name = name
+        self.settings = settings
+        self.batch = batch
+        self.device = device
         model: nn.Module = self.impl.adapter.build(settings)
         if name == "reference":
             model.config = replace(model.config, recompute=recompute)
@@ -102,12 +107,15 @@ class Subject:
 
     def full(self, batch: int) -> Any:
         """A state with full memories."""
-        lengths, D = (self.settings.mem_len, self.settings.c_mem_len), self.settings.d_model
-        how = {"device": self.device, "dtype": self.dtype}
-        slots = [
-            Slots(*(torch.randn(batch, length, D, **how) for length in lengths))
-            for _ in range(self.settings.n_layers)
-        ]
+        settings = self.settings
+
+        def random(length: int) -> Tensor:
+            shape = (batch, length, settings.d_model)
+            return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+        slots = []
+        for _ in range(settings.n_layers):
+            slots.append(Slots(random(settings.mem_len), random(settings.c_mem_len)))
         return self.impl.replace(self.impl.start(self.model, batch), slots)
 
     def tokens(self, batch: int, length: int) -> Tensor:
@@ -126,22 +134,34 @@ class Subject:
 
     def seconds_per_step(self, count: int) -> float:
         """Of so many training steps."""
-        return self.clock(lambda: [self.train() for _ in range(count)], count)
+
+        def run() -> None:
+            for _ in range(count):
+                self.train()
+
+        return self.clock(run, count)
 
     @torch.no_grad()
     def seconds_per_token(self, count: int) -> float:
         """Of generating so many tokens."""
-        state, token = self.full(1), self.tokens(1, 1)
+        state = self.full(1)
+        token = self.tokens(1, 1)
         if self.name == "reference":
             generate = partial(self.model.generate, token, count, temperature=0, memory=state)
             return self.clock(generate, count)
         if self.name == "labml":
             return self.clock(partial(self.one_by_one, token, state, count), count)
-        fed = [self.tokens(1, self.settings.segment * eighth // 8) for eighth in (1, 3, 5, 7)]
-        repeats = -(-count // len(fed))
-        return self.clock(
-            lambda: [self.model(x, state)[0].argmax() for x in fed * repeats], repeats * len(fed)
-        )
+        fed = []
+        for eighth in (1, 3, 5, 7):
+            fed.append(self.tokens(1, self.settings.segment * eighth // 8))
+        repeats = math.ceil(count / len(fed))
+
+        def run() -> None:
+            for segment in fed * repeats:
+                logits, *_ = self.model(segment, state)
+                logits.argmax()
+
+        return self.clock(run, repeats * len(fed))
 
     def one_by_one(self, token: Tensor, state: Any, count: int) -> None:
         """As labml's sampler does it, without the loss."""
@@ -162,16 +182,20 @@ class Subject:
 # ---------------------------------------------------------------------------------------- tables
 
 
+def spread(values: list[float], form: str) -> str:
+    """The median, and in brackets the smallest and the largest."""
+    median = format(statistics.median(values), form)
+    return f"{median} ({min(values):{form}}-{max(values):{form}})"
+
+
 def shown(seconds: list[float], work: int) -> str:
-    """The median rate and its spread."""
-    rates = sorted(work / s for s in seconds)
-    return f"{statistics.median(rates):,.0f} ({rates[0]:,.0f}-{rates[-1]:,.0f})"
+    """The rate and its spread."""
+    return spread([work / s for s in seconds], ",.0f")
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
-    """How many times as fast: the median over rounds, each a pair, and its spread."""
-    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+    """How many times as fast, over rounds, each a pair, and its spread."""
+    return spread([b / a for a, b in zip(ours, theirs, strict=True)], ".2f")
 
 
 def alternate(
@@ -181,10 +205,12 @@ def alternate(
 ) -> dict[str, list[float]]:
     """The seconds that each takes in each round, as `measure` gives them for a count of steps or
     tokens; in a turn there are as many as args.seconds allow."""
-    counts, found = {}, {name: [] for name in subjects}
+    counts: dict[str, int] = {}
+    found: dict[str, list[float]] = {}
     for name, subject in subjects.items():
         measure(subject, 3)
         counts[name] = max(2, int(args.seconds / measure(subject, 1)))
+        found[name] = []
     for _ in range(args.rounds):
         for name, subject in subjects.items():
             found[name].append(measure(subject, counts[name]))
@@ -219,28 +245,41 @@ def matrix_rate(settings: Settings, rows: int, device: str, dtype: str) -> float
 
 def training(args: argparse.Namespace, names: list[str], setting: str, dtype: str) -> list:
     settings, batch = settings_of(setting)
-    how = (settings, batch, args.device, dtype)
-    more = {"compiled": args.compile, "recompute": args.recompute}
-    subjects = {name: Subject(name, *how, **more) for name in names}
-    work = batch * settings.segment
+    subjects = {}
+    for name in names:
+        subjects[name] = Subject(
+            name,
+            settings,
+            batch,
+            args.device,
+            dtype,
+            compiled=args.compile,
+            recompute=args.recompute,
+        )
     found = alternate(args, subjects, Subject.seconds_per_step)
+    work = batch * settings.segment
     with FlopCounterMode(display=False) as counter:
         subjects["reference"].train()
-    limit = work * matrix_rate(settings, work, args.device, dtype) / counter.get_total_flops()
-    share = work / statistics.median(found["reference"]) / limit
-    return [*rates_and_ratios(found, work), f"{limit:,.0f}", f"{share:.0%}"]
+    fastest = matrix_rate(settings, work, args.device, dtype)
+    limit = work * fastest / counter.get_total_flops()
+    rate = work / statistics.median(found["reference"])
+    return [*rates_and_ratios(found, work), f"{limit:,.0f}", f"{rate / limit:.0%}"]
 
 
 def generation(args: argparse.Namespace, names: list[str], setting: str, dtype: str) -> list:
     settings, _ = settings_of(setting)
-    subjects = {name: Subject(name, settings, 1, args.device, dtype, train=False) for name in names}
+    subjects = {}
+    for name in names:
+        subjects[name] = Subject(name, settings, 1, args.device, dtype, train=False)
     found = alternate(args, subjects, Subject.seconds_per_token)
     return rates_and_ratios(found, 1)
 
 
 def rates_and_ratios(found: dict[str, list[float]], work: int) -> list[str]:
-    ratios = [ratio(found["reference"], theirs) for theirs in list(found.values())[1:]]
-    return [*(shown(seconds, work) for seconds in found.values()), *ratios]
+    rates = [shown(seconds, work) for seconds in found.values()]
+    ours, *peers = found.values()
+    ratios = [ratio(ours, theirs) for theirs in peers]
+    return rates + ratios
 
 
 def peak(name: str, args: argparse.Namespace, dtype: str, settings: Settings, batch: int) -> float:
@@ -263,7 +302,8 @@ def peak(name: str, args: argparse.Namespace, dtype: str, settings: Settings, ba
 def memory(args: argparse.Namespace, names: list[str], setting: str, dtype: str) -> list:
     settings, batch = settings_of(setting)
     found = [afresh(peak, name, args, dtype, settings, batch) for name in names]
-    share = f"{found[0] / min(found[1:]):.2f}" if found[1:] else ""
+    ours, *peers = found
+    share = f"{ours / min(peers):.2f}" if peers else ""
     return [*(f"{mib:,.0f}" for mib in found), share]
 
 
@@ -281,19 +321,27 @@ def length(args: argparse.Namespace, slots: int) -> list:
 def profile(args: argparse.Namespace, names: list[str], setting: str, dtype: str) -> list[str]:
     """The operations that a training step and a generated token spend most of their time in."""
     settings, batch = settings_of(setting)
-    time_of = f"self_{'device' if args.device == 'cuda' else 'cpu'}_time_total"
-    cells = []
-    for train in (True, False):
-        subject = Subject(names[0], settings, batch, args.device, dtype, train=train)
-        run = subject.train if train else partial(subject.seconds_per_token, 16)
+    how = (names[0], settings, batch, args.device, dtype)
+    subject = Subject(*how)
+    training = most_of_the_time(subject.train, args.device)
+    subject = Subject(*how, train=False)
+    generation = most_of_the_time(partial(subject.seconds_per_token, 16), args.device)
+    return [training, generation]
+
+
+def most_of_the_time(run: Callable[[], object], device: str) -> str:
+    time_of = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    run()
+    with torch.profiler.profile() as profiler:
         run()
-        with torch.profiler.profile() as profiler:
-            run()
-        found = {x.key.removeprefix("aten::"): getattr(x, time_of) for x in profiler.key_averages()}
-        found.pop("normal_", None)  # makes the memories
-        most = sorted(found, key=lambda name: -found[name])[:6]
-        cells.append(", ".join(f"{name} {found[name] / sum(found.values()):.0%}" for name in most))
-    return cells
+    found = {}
+    for operation in profiler.key_averages():
+        name = operation.key.removeprefix("aten::")
+        if name != "normal_":  # makes the memories
+            found[name] = getattr(operation, time_of)
+    total = sum(found.values())
+    most = sorted(found, key=lambda name: -found[name])[:6]
+    return ", ".join(f"{name} {found[name] / total:.0%}" for name in most)
 
 
 def afresh(call: Callable, *args: object) -> Any:
@@ -332,6 +380,29 @@ def table(name: str, args: argparse.Namespace, names: list[str]) -> None:
             row(setting, dtype, *afresh(globals()[name], args, names, setting, dtype))
 
 
+def conditions(args: argparse.Namespace, peers: list[str]) -> str:
+    """The line above the tables."""
+    card = platform.processor()
+    if args.device == "cuda":
+        card = torch.cuda.get_device_name()
+    versions = []
+    for peer in peers:
+        version = load(f"spec_tests.adapters.{peer}").declared.version
+        versions.append(f"{peer} {version}")
+    parts = [
+        f"{args.device} ({card or platform.machine()}), {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, Python {platform.python_version()}",
+        ", ".join(versions),
+        f"{args.rounds} rounds",
+    ]
+    line = "; ".join(parts)
+    if args.compile:
+        line += ", compiled"
+    if args.recompute:
+        line += ", reference recomputes"
+    return line
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -350,16 +421,7 @@ def main() -> None:
             names.append(peer)
         except Unusable as error:
             print(f"{peer} is left out: {error}")
-    card = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    versions = [
-        f"{name} {load(f'spec_tests.adapters.{name}').declared.version}" for name in names[1:]
-    ]
-    print(
-        f"{args.device} ({card or platform.machine()}), {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, Python {platform.python_version()}; {', '.join(versions)}; "
-        f"{args.rounds} rounds{', compiled' * args.compile}"
-        f"{', reference recomputes' * args.recompute}"
-    )
+    print(conditions(args, names[1:]))
     for name in args.tables:
         table(name, args, names)
 

@@ -43,17 +43,22 @@ def pytest_configure(config: pytest.Config) -> None:
     if option.impl is not None:  # the files that are about compressive.py alone
         collect_ignore.extend(["test_golden.py", "test_reference.py", "meta"])
         collect_ignore.extend(["test_train.py", "test_train_runs.py"])
-    torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
-    hypothesis.settings.load_profile(option.spec_profile)
-    torch_random.shift = option.spec_seed
     spec = option.impl or REFERENCE
     try:
         impl = load(spec)
-        torch.set_default_dtype(impl.dtype)
+        prepare(option.spec_profile, option.spec_seed, impl.dtype)
         check_usable(impl, fit(impl.declared, supported(impl), [4]).settings)
     except Unusable as error:
         raise pytest.UsageError(f"--impl {spec}: the adapter cannot be used: {error}") from None
     config.pluginmanager.register(SpecReport(config, impl), "spec_report")
+
+
+def prepare(profile: str, seed: int, dtype: torch.dtype) -> None:
+    """Set up a process that is to test."""
+    torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
+    torch.set_default_dtype(dtype)
+    hypothesis.settings.load_profile(profile)
+    torch_random.shift = seed
 
 
 def supported(impl: Implementation) -> Settings:

@@ -53,18 +53,20 @@ class Implementation:
 
     def swap(self, x: Tensor) -> Tensor:
         """From its layout to batch first, and back."""
-        return x.transpose(0, 1) if self.declared.layout == "time_first" and x.dim() > 1 else x
+        if self.declared.layout == "time_first" and x.dim() > 1:
+            return x.transpose(0, 1)
+        return x
 
     def build(self, settings: Settings) -> nn.Module:
         """A model whose every parameter matters: no zero biases, no unit gains, nothing tiny."""
         model = self.adapter.build(settings).to(self.dtype).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                noise = torch.randn(parameter.shape, dtype=self.dtype)
-                if parameter.dim() == 1:  # biases, and gains around 1
-                    parameter.copy_(float(parameter.eq(1).all()) + 0.3 * noise)
+                if parameter.dim() <= 1:  # biases, and gains around 1
+                    center = float(parameter.eq(1).all())
+                    parameter.normal_(center, std=0.3)
                 else:
-                    parameter.copy_(1.2 * noise / parameter.size(-1) ** 0.5)
+                    parameter.normal_(std=1.2 / parameter.size(-1) ** 0.5)
         return model
 
     def start(self, model: nn.Module, batch: int) -> Any:
@@ -72,11 +74,12 @@ class Implementation:
 
     def step(self, model: nn.Module, tokens: Tensor, state: Any) -> Step:
         logits, state, loss = self.adapter.step(model, self.swap(tokens), state)
-        zero = torch.zeros((), dtype=self.dtype)
-        return Step(self.swap(logits), state, zero if loss is None else loss.reshape(()))
+        if loss is None:
+            loss = torch.zeros((), dtype=self.dtype)
+        return Step(self.swap(logits), state, loss.reshape(()))
 
     def read(self, state: Any) -> list[Slots]:
-        return [Slots(*map(self.swap, layer)) for layer in self.adapter.read(state)]
+        return [Slots(self.swap(mem), self.swap(c_mem)) for mem, c_mem in self.adapter.read(state)]
 
     def compression_parameters(self, model: nn.Module) -> list[list[nn.Parameter]]:
         return [list(layer) for layer in self.adapter.compression_parameters(model)]
@@ -89,12 +92,13 @@ class Implementation:
         return found or not_claimed(f"needs {call}()")
 
     def replace(self, state: Any, slots: Sequence[Slots]) -> Any:
-        laid_out = [tuple(map(self.swap, layer)) for layer in slots]
-        return self.needs("replace")(state, laid_out)
+        replace = self.needs("replace")
+        return replace(state, [(self.swap(mem), self.swap(c_mem)) for mem, c_mem in slots])
 
     def compress(self, model: nn.Module, layer: int, old: Tensor, usage: Tensor) -> Tensor:
         compress = self.needs("compress")
-        return self.swap(compress(model, layer, self.swap(old), self.swap(usage)))
+        new = compress(model, layer, self.swap(old), self.swap(usage))
+        return self.swap(new)
 
     def weights(self, model: nn.Module) -> dict[str, Any]:
         return self.needs("weights")(model)
@@ -103,15 +107,18 @@ class Implementation:
 
     def run(self, model: nn.Module, text: Tensor, schedule: Sequence[int]) -> list[Step]:
         """Feed text in segments of these lengths, from the start."""
-        state, steps = self.start(model, text.size(0)), []
+        state = self.start(model, text.size(0))
+        steps = []
         for segment in text.split(list(schedule), dim=1):
-            steps.append(self.step(model, segment, state))
-            state = steps[-1].state
+            step = self.step(model, segment, state)
+            state = step.state
+            steps.append(step)
         return steps
 
     def logits(self, model: nn.Module, text: Tensor, schedule: Sequence[int]) -> Tensor:
         with torch.no_grad():
-            return torch.cat([step.logits for step in self.run(model, text, schedule)], dim=1)
+            steps = self.run(model, text, schedule)
+        return torch.cat([step.logits for step in steps], dim=1)
 
     def twin(self, model: nn.Module, settings: Settings) -> nn.Module | None:
         """A model of these settings with the parameters of another; None if their shapes differ."""
@@ -152,7 +159,8 @@ def load(spec: str) -> Implementation:
     """The implementation that `--impl` names: `path/to/file.py`, `module.path`, either with
     `:Name` behind it if its adapter is not called Adapter."""
     place, _, name = spec.partition(":")
-    name, path = name or "Adapter", Path(place)
+    name = name or "Adapter"
+    path = Path(place)
     if path.suffix == ".py" and not path.is_file():
         raise Unusable(f"there is no file {path}")
     try:
@@ -167,7 +175,8 @@ def load(spec: str) -> Implementation:
         if not hasattr(module, name):
             raise Unusable(f"{place} has no {name}")
         adapter = getattr(module, name)
-        adapter = adapter() if isinstance(adapter, type) else adapter
+        if isinstance(adapter, type):
+            adapter = adapter()
     except ModuleNotFoundError as error:
         raise Unusable(f"it needs {error.name}, which is not installed") from None
     except Exception as error:
@@ -188,7 +197,9 @@ def raise_unusable(doing: str, error: Exception) -> NoReturn:
 
 def check_usable(impl: Implementation, settings: Settings) -> None:
     """Raise Unusable unless two steps can be made and what they give has the right form."""
-    L, D, T = settings.n_layers, settings.d_model, settings.segment
+    L = settings.n_layers
+    D = settings.d_model
+    T = settings.segment
     tokens = torch.arange(3 * T).view(3, T) % settings.vocab_size
 
     def need(call: str, what: str, expected: object, got: object) -> None:
@@ -220,12 +231,15 @@ def check_usable(impl: Implementation, settings: Settings) -> None:
         theirs = impl.compression_parameters(model)
         need(call, "a number of layers of", L, len(theirs))
         known = {id(parameter) for parameter in model.parameters()}
-        if not all(id(parameter) in known for layer in theirs for parameter in layer):
-            raise Unusable(f"{call} gives something that is no parameter of the model")
+        for layer in theirs:
+            for parameter in layer:
+                if id(parameter) not in known:
+                    raise Unusable(f"{call} gives something that is no parameter of the model")
         if getattr(impl.adapter, "replace", None):  # as `needs` asks
             call = "read(replace(state, slots))"
-            handed = [Slots(torch.randn_like(mem), torch.randn_like(c)) for mem, c in slots]
-            for layer, again in zip(handed, impl.read(impl.replace(state, handed)), strict=True):
+            handed = [Slots(torch.randn_like(mem), torch.randn_like(c_mem)) for mem, c_mem in slots]
+            read = impl.read(impl.replace(state, handed))
+            for layer, again in zip(handed, read, strict=True):
                 for one, other in zip(layer, again, strict=True):
                     need(call, "the slots handed to it:", True, torch.equal(one, other))
     except Exception as error:

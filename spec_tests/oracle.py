@@ -24,7 +24,9 @@ def lists(weights: Any) -> Any:
     """The adapter's weights, tensors no more."""
     if isinstance(weights, dict):
         return {name: lists(value) for name, value in weights.items()}
-    return [lists(value) for value in weights] if isinstance(weights, list) else weights.tolist()
+    if isinstance(weights, list):
+        return [lists(value) for value in weights]
+    return weights.tolist()
 
 
 def dot(a: Vector, b: Vector) -> float:
@@ -35,6 +37,14 @@ def add(a: Vector, b: Vector) -> Vector:
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
+def add_all(a: list[Vector], b: list[Vector]) -> list[Vector]:
+    return [add(x, y) for x, y in zip(a, b, strict=True)]
+
+
+def relu(x: Vector) -> Vector:
+    return [max(0.0, a) for a in x]
+
+
 def times(x: Vector, matrix: list[Vector]) -> Vector:
     return [dot(x, column) for column in zip(*matrix, strict=True)]
 
@@ -42,16 +52,18 @@ def times(x: Vector, matrix: list[Vector]) -> Vector:
 def layer_norm(x: Vector, weight: Vector, bias: Vector) -> Vector:
     mean = math.fsum(x) / len(x)
     variance = math.fsum((a - mean) ** 2 for a in x) / len(x)
-    return [
-        (a - mean) / math.sqrt(variance + 1e-5) * w + b
-        for a, w, b in zip(x, weight, bias, strict=True)
-    ]
+    deviation = math.sqrt(variance + 1e-5)
+    normalised = []
+    for a, w, b in zip(x, weight, bias, strict=True):
+        normalised.append((a - mean) / deviation * w + b)
+    return normalised
 
 
 def softmax(scores: Vector) -> Vector:
     top = max(scores)
     powers = [math.exp(score - top) for score in scores]
-    return [power / math.fsum(powers) for power in powers]
+    total = math.fsum(powers)
+    return [power / total for power in powers]
 
 
 def sinusoid(distance: float, width: int) -> Vector:
@@ -72,22 +84,30 @@ def attend(w: dict, x: list[Vector], memory: list[Vector]) -> tuple[list[Vector]
     """Relative attention of the segment x over memory and itself."""
     heads = len(w["content_bias"])
     slots = memory + x
-    keys, values = [times(s, w["key"]) for s in slots], [times(s, w["value"]) for s in slots]
-    relative = [times(sinusoid(d, len(x[0])), w["relative_key"]) for d in range(len(slots))]
+    keys = [times(slot, w["key"]) for slot in slots]
+    values = [times(slot, w["value"]) for slot in slots]
+    relative = []  # the key of each distance
+    for distance in range(len(slots)):
+        relative.append(times(sinusoid(distance, len(x[0])), w["relative_key"]))
     attention: Any = [[] for _ in range(heads)]
     output = []
     for t, h in enumerate(x):
         here = len(memory) + t  # the slot that is position t
-        query, mixed = times(h, w["query"]), []
+        query = times(h, w["query"])
+        mixed: Vector = []  # what the heads find, side by side
         for i in range(heads):
-            q, u, v = head(query, i, heads), w["content_bias"][i], w["position_bias"][i]
+            q = head(query, i, heads)
+            to_content = add(q, w["content_bias"][i])
+            to_position = add(q, w["position_bias"][i])
             scores = []
             for j in range(here + 1):
-                content = dot(add(q, u), head(keys[j], i, heads))
-                position = dot(add(q, v), head(relative[here - j], i, heads))
+                content = dot(to_content, head(keys[j], i, heads))
+                position = dot(to_position, head(relative[here - j], i, heads))
                 scores.append((content + position) / math.sqrt(len(q)))
-            attention[i].append(softmax(scores))
-            mixed += mix(attention[i][t], [head(value, i, heads) for value in values[: here + 1]])
+            given = softmax(scores)
+            seen = [head(value, i, heads) for value in values[: here + 1]]
+            attention[i].append(given)
+            mixed += mix(given, seen)
         output.append(times(mixed, w["output"]))
     return output, attention
 
@@ -96,7 +116,9 @@ def average_usage(attention: Any, slots: int) -> Vector:
     """The attention that each slot received, averaged over the heads and queries that saw it."""
     usage = []
     for j in range(slots):
-        received = [seen[j] for queries in attention for seen in queries if j < len(seen)]
+        received = []
+        for queries in attention:
+            received += [seen[j] for seen in queries if j < len(seen)]
         usage.append(math.fsum(received) / len(received))
     return usage
 
@@ -110,27 +132,39 @@ def convolve(block: list[Vector], kernel: list[list[Vector]]) -> Vector:
 
 def compress(name: str, w: dict, old: list[Vector], usage: Vector, c: int) -> list[Vector]:
     """f_c."""
-    n, zeros = len(old) // c, [0.0] * len(old[0])
+    n = len(old) // c
     if name == "most_used":
         ranked = sorted(range(len(old)), key=lambda j: (-usage[j], j))
-        return [old[j] for j in sorted(ranked[:n])]
+        kept = sorted(ranked[:n])
+        return [old[j] for j in kept]
     if name == "dilated_conv":
-        for kernel, dilation in zip(w["dilated"], (1, 2, 4), strict=True):
-            older = [old[j - dilation] if j >= dilation else zeros for j in range(len(old))]
-            old = [
-                [max(0.0, a) for a in convolve([before, now], kernel)]
-                for before, now in zip(older, old, strict=True)
-            ]
+        old = dilated(w, old)
     slots = []
     for k in range(n):
         block = old[c * k : c * (k + 1)]
+        features = list(zip(*block, strict=True))
         if name == "mean_pool":
-            slots.append([math.fsum(column) / c for column in zip(*block, strict=True)])
+            slot = [math.fsum(feature) / c for feature in features]
         elif name == "max_pool":
-            slots.append([max(column) for column in zip(*block, strict=True)])
+            slot = [max(feature) for feature in features]
         else:
-            slots.append(add(convolve(block, w["convolution"]), w.get("convolution_bias", zeros)))
+            slot = convolve(block, w["convolution"])
+            if "convolution_bias" in w:
+                slot = add(slot, w["convolution_bias"])
+        slots.append(slot)
     return slots
+
+
+def dilated(w: dict, old: list[Vector]) -> list[Vector]:
+    """Convolutions of each memory with an older one, zeros before the oldest."""
+    zeros = [0.0] * len(old[0])
+    for kernel, dilation in zip(w["dilated"], (1, 2, 4), strict=True):
+        convolved = []
+        for j in range(len(old)):
+            older = old[j - dilation] if j >= dilation else zeros
+            convolved.append(relu(convolve([older, old[j]], kernel)))
+        old = convolved
+    return old
 
 
 def as_read(
@@ -144,23 +178,28 @@ def as_read(
 
 def content_attention(w: dict, heads: int, x: list[Vector], slots: list[Vector]) -> list[Vector]:
     """Algorithm 2's attention: content alone, every slot seen, heads side by side."""
-    keys, values = [times(s, w["key"]) for s in slots], [times(s, w["value"]) for s in slots]
+    keys = [times(slot, w["key"]) for slot in slots]
+    values = [times(slot, w["value"]) for slot in slots]
     if "value_bias" in w:
         values = [add(value, w["value_bias"]) for value in values]
     output = []
     for h in x:
-        query, mixed = times(h, w["query"]), []
+        query = times(h, w["query"])
+        mixed: Vector = []
         for i in range(heads):
             q = head(query, i, heads)
             scores = [dot(q, head(key, i, heads)) / math.sqrt(len(q)) for key in keys]
-            mixed += mix(softmax(scores), [head(value, i, heads) for value in values])
+            seen = [head(value, i, heads) for value in values]
+            mixed += mix(softmax(scores), seen)
         output.append(mixed)
     return output
 
 
 def squares(a: list[Vector], b: list[Vector]) -> tuple[float, int]:
     """Of the differences of all entries: their sum, and how many there are."""
-    found = [(x - y) ** 2 for v, w in zip(a, b, strict=True) for x, y in zip(v, w, strict=True)]
+    found = []
+    for v, w in zip(a, b, strict=True):
+        found += [(x - y) ** 2 for x, y in zip(v, w, strict=True)]
     return math.fsum(found), len(found)
 
 
@@ -172,12 +211,17 @@ def compression_loss(
     if settings.compression not in ("conv", "dilated_conv") or not old:
         return 0.0, 0
     if settings.compression_loss == "attention":
-        x, old, new = (as_read(declared, settings, w, slots) for slots in (h, old, new))
+        x = as_read(declared, settings, w, h)
+        over_old = as_read(declared, settings, w, old)
+        over_new = as_read(declared, settings, w, new)
         heads = settings.n_heads
-        return squares(content_attention(w, heads, x, old), content_attention(w, heads, x, new))
+        target = content_attention(w, heads, x, over_old)
+        return squares(target, content_attention(w, heads, x, over_new))
     if settings.compression_loss == "autoencoding":
-        kernel = w["transposed_convolution"]
-        read_back = [[dot(row, slot) for row in matrix] for slot in new for matrix in kernel]
+        read_back = []
+        for slot in new:
+            for matrix in w["transposed_convolution"]:
+                read_back.append([dot(row, slot) for row in matrix])
         return squares(old, read_back)
     return 0.0, 0
 
@@ -186,12 +230,18 @@ def reduce(declared: Declaration, rows: list[list[tuple[float, int]]]) -> float:
     """The loss of all rows' and layers' squares, as declared."""
     losses = []
     for layer in zip(*rows, strict=True):
-        total, count = math.fsum(s for s, _ in layer), sum(n for _, n in layer)
+        total = math.fsum(square for square, _ in layer)
+        count = sum(n for _, n in layer)
         if declared.loss_reduction == "mean_square":
             losses.append(total / max(count, 1))
+        elif declared.loss_reduction == "norm":
+            losses.append(math.sqrt(total))
         else:
-            losses.append(math.sqrt(total) if declared.loss_reduction == "norm" else total)
-    return math.fsum(losses) / (len(losses) if declared.loss_over_layers == "mean" else 1)
+            losses.append(total)
+    loss = math.fsum(losses)
+    if declared.loss_over_layers == "mean":
+        loss /= len(losses)
+    return loss
 
 
 def layer_step(
@@ -202,40 +252,45 @@ def layer_step(
     mem: list[Vector],
     c_mem: list[Vector],
 ) -> tuple[list[Vector], list[Vector], list[Vector], Any, tuple[float, int]]:
-    pre = settings.norm_first
+    def norm1(x: list[Vector]) -> list[Vector]:
+        return [layer_norm(a, w["norm1_weight"], w["norm1_bias"]) for a in x]
 
-    def norm(i: int, x: Vector) -> Vector:
-        return layer_norm(x, w[f"norm{i}_weight"], w[f"norm{i}_bias"])
+    def norm2(x: list[Vector]) -> list[Vector]:
+        return [layer_norm(a, w["norm2_weight"], w["norm2_bias"]) for a in x]
 
     def feed_forward(x: Vector) -> Vector:
-        inner = [max(0.0, a) for a in add(times(x, w["ff1_weight"]), w["ff1_bias"])]
+        inner = relu(add(times(x, w["ff1_weight"]), w["ff1_bias"]))
         return add(times(inner, w["ff2_weight"]), w["ff2_bias"])
 
-    x = [norm(1, a) for a in h] if pre else h
-    stored = h if declared.storage == "raw" else x
-    mixed, attention = attend(w, x, as_read(declared, settings, w, c_mem + mem))
-    if pre:
-        h = [add(a, b) for a, b in zip(h, mixed, strict=True)]
-        h = [add(a, feed_forward(norm(2, a))) for a in h]
+    slots = as_read(declared, settings, w, c_mem + mem)
+    if settings.norm_first:
+        x = norm1(h)
+        mixed, attention = attend(w, x, slots)
+        between = add_all(h, mixed)
+        output = add_all(between, [feed_forward(a) for a in norm2(between)])
     else:
-        h = [norm(1, add(a, b)) for a, b in zip(h, mixed, strict=True)]
-        h = [norm(2, add(a, feed_forward(a))) for a in h]
+        x = h
+        mixed, attention = attend(w, x, slots)
+        between = norm1(add_all(h, mixed))
+        output = norm2(add_all(between, [feed_forward(a) for a in between]))
 
-    usage = average_usage(attention, len(c_mem) + len(mem) + len(x))[len(c_mem) :]
-    held, old, new = mem + stored, [], []
-    if settings.c_mem_len == 0:
-        while len(held) > settings.mem_len:
-            held = held[1:]
-    else:
-        while len(held) > settings.mem_len:
-            old += held[: settings.compression_rate]
-            held = held[settings.compression_rate :]
+    stored = h if declared.storage == "raw" else x
+    held = mem + stored
+    usage = average_usage(attention, len(c_mem) + len(held))[len(c_mem) :]
+    old: list[Vector] = []
+    leave = settings.compression_rate if settings.c_mem_len > 0 else 1
+    while len(held) > settings.mem_len:
+        if settings.c_mem_len > 0:
+            old += held[:leave]
+        held = held[leave:]
+    new: list[Vector] = []
     if old:
         new = compress(settings.compression, w, old, usage, settings.compression_rate)
-    c_mem = c_mem + new
-    while len(c_mem) > settings.c_mem_len:
-        c_mem = c_mem[1:]
-    return h, held, c_mem, attention, compression_loss(declared, settings, w, stored, old, new)
+    compressed = c_mem + new
+    while len(compressed) > settings.c_mem_len:
+        compressed = compressed[1:]
+    loss = compression_loss(declared, settings, w, stored, old, new)
+    return output, held, compressed, attention, loss
 
 
 def step(
@@ -247,14 +302,15 @@ def step(
     c_mem: list[list[Vector]],
 ) -> Result:
     h = [weights["embedding"][token] for token in tokens]
-    mems, c_mems, attention, losses = [], [], [], []
-    for w, m, cm in zip(weights["layers"], mem, c_mem, strict=True):
-        h, m, cm, a, loss = layer_step(declared, settings, w, h, m, cm)
-        mems.append(m)
-        c_mems.append(cm)
-        attention.append(a)
-        losses.append(loss)
+    result = Result([], [], [], [], [])
+    for i, w in enumerate(weights["layers"]):
+        h, m, cm, attention, loss = layer_step(declared, settings, w, h, mem[i], c_mem[i])
+        result.mem.append(m)
+        result.c_mem.append(cm)
+        result.attention.append(attention)
+        result.squares.append(loss)
     if settings.norm_first:
         h = [layer_norm(x, weights["norm_weight"], weights["norm_bias"]) for x in h]
-    logits = [add(times(x, weights["logits_weight"]), weights["logits_bias"]) for x in h]
-    return Result(logits, mems, c_mems, attention, losses)
+    for x in h:
+        result.logits.append(add(times(x, weights["logits_weight"]), weights["logits_bias"]))
+    return result

@@ -19,6 +19,7 @@ from .support import Broken, Case
 
 SCHEMA = 1
 VERDICTS = ("PASS", "FAIL", "KNOWN", "UNEXPECTED PASS", "NOT CLAIMED", "NOT RUN")
+COLOURS = {"PASS": {"green": True}, "FAIL": {"red": True}, "UNEXPECTED PASS": {"red": True}}
 
 
 def rules_of(test: str) -> list[str]:
@@ -120,36 +121,44 @@ class SpecReport:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-        report, rules = (yield), rules_of(item.name)
+        report = yield
+        rules = rules_of(item.name)
         if not rules or (report.when != "call" and report.outcome == "passed"):
             return report
         message = ""
-        if report.outcome == "failed":
-            error, seed = call.excinfo.value, self.config.option.spec_seed
-            message = report.longrepr = explain(item.name, error, self.impl, seed)
+        outcome = report.outcome
+        if outcome == "failed":
+            seed = self.config.option.spec_seed
+            message = explain(item.name, call.excinfo.value, self.impl, seed)
+            report.longrepr = message
             known = self.reasons(self.impl.declared.known, item.name)
             if all(known):
-                report.outcome, report.wasxfail = "skipped", known[0]
-        elif report.outcome == "skipped":
+                report.outcome = "skipped"
+                report.wasxfail = known[0]
+        elif outcome == "skipped":
             message = str(call.excinfo.value)
-        outcome = "failed" if hasattr(report, "wasxfail") else report.outcome
         check = {"name": item.name, "outcome": outcome, "seconds": round(call.duration, 3)}
+        check["message"] = message
         for rule in rules:
-            self.checks[rule].append({**check, "message": message})
+            self.checks[rule].append(check)
         return report
 
     def verdict(self, rule: str) -> tuple[str, str]:
         """The verdict on a rule, and its reason."""
-        checks, declared = self.checks[rule], self.impl.declared.known
-        passed, failed, skipped = (
-            {check["name"]: check["message"] for check in checks if check["outcome"] == outcome}
-            for outcome in ("passed", "failed", "skipped")
-        )
-        known = {name: declared.get(name) or declared.get(rule) for name in failed}
+        checks = self.checks[rule]
+        declared = self.impl.declared.known
         if not checks:
             return "NOT RUN", ""
-        if not all(known.values()):
-            return "FAIL", in_short(next(failed[name] for name in failed if not known[name]))
+        messages: dict[str, dict[str, str]] = {"passed": {}, "failed": {}, "skipped": {}}
+        for check in checks:
+            messages[check["outcome"]][check["name"]] = check["message"]
+        passed = messages["passed"]
+        failed = messages["failed"]
+        skipped = messages["skipped"]
+        known = {name: declared.get(name) or declared.get(rule) for name in failed}
+        for name, message in failed.items():
+            if not known[name]:
+                return "FAIL", in_short(message)
         as_known = [declared[name] for name in passed if name in declared]
         if not failed and passed and rule in declared:
             as_known.append(declared[rule])
@@ -159,26 +168,28 @@ class SpecReport:
             return "KNOWN", "; ".join(dict.fromkeys(known.values()))
         if not passed:
             return "NOT CLAIMED", next(iter(skipped.values()))
-        why = f"{len(skipped)} of {len(checks)} checks not claimed: "
-        why += "; ".join(dict.fromkeys(skipped.values()))
-        return "PASS", why if skipped else ""
+        if not skipped:
+            return "PASS", ""
+        reasons = "; ".join(dict.fromkeys(skipped.values()))
+        return "PASS", f"{len(skipped)} of {len(checks)} checks not claimed: {reasons}"
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        write, about = terminalreporter.write_line, self.header()
         verdicts = {rule: self.verdict(rule) for rule in RULES if self.checks[rule]}
         if not verdicts:
             return
-        width = shutil.get_terminal_size().columns if terminalreporter.isatty else None
+        about = self.header()
         terminalreporter.section(f"rules of {about['name']} {about['version']}".rstrip())
+        width = None
+        if terminalreporter.isatty:
+            width = shutil.get_terminal_size().columns
         for rule, (verdict, reason) in verdicts.items():
             sentence, _, level = RULES[rule]
             line = f"{rule:<7} {level:<6} {verdict:<15} {reason or sentence}"
-            good = {"PASS": True, "KNOWN": None, "NOT CLAIMED": None}.get(verdict, False)
-            colour = {} if good is None else {"green": good, "red": not good}
-            write(line[:width], **colour)
+            terminalreporter.write_line(line[:width], **COLOURS.get(verdict, {}))
+        totals = self.totals()
         for level in ("MUST", "SHOULD"):
-            count = self.totals()[level]
-            write(f"{level}: " + ", ".join(f"{n} {verdict}" for verdict, n in count.items() if n))
+            counts = [f"{n} {verdict}" for verdict, n in totals[level].items() if n]
+            terminalreporter.write_line(f"{level}: " + ", ".join(counts))
 
     def totals(self) -> dict[str, dict[str, int]]:
         totals = {level: dict.fromkeys(VERDICTS, 0) for level in ("MUST", "SHOULD")}

@@ -28,7 +28,8 @@ class TorchRandom:
     setstate = staticmethod(torch.set_rng_state)
 
     def seed(self, seed: int) -> None:
-        torch.manual_seed(seed + self.shift)
+        # The tests run on a CPU; torch.manual_seed would look for other devices every time, too.
+        torch.default_generator.manual_seed(seed + self.shift)
 
 
 torch_random = TorchRandom()
@@ -45,9 +46,13 @@ class Case(NamedTuple):
 def allowed(fixed: Mapping, name: str, offered: Sequence, supported: Sequence) -> st.SearchStrategy:
     """Those of the choices that an implementation supports; none: the check is not claimed."""
     if name in fixed:
-        offered = fixed[name] if isinstance(fixed[name], tuple) else (fixed[name],)
+        offered = fixed[name]
+        if not isinstance(offered, tuple):
+            offered = (offered,)
     choices = [choice for choice in offered if choice in supported]
-    return st.sampled_from(choices) if choices else not_claimed(f"{name} is not {offered[0]!r}")
+    if not choices:
+        not_claimed(f"{name} is not {offered[0]!r}")
+    return st.sampled_from(choices)
 
 
 def cases(
@@ -68,45 +73,55 @@ def cases(
 
     def strategy(impl: Implementation) -> st.SearchStrategy[Case]:
         declared = impl.declared
-        compression = allowed(fixed, "compression", COMPRESSIONS, declared.compressions)
-        loss = allowed(fixed, "compression_loss", LOSSES, declared.compression_losses)
+        compressions = allowed(fixed, "compression", COMPRESSIONS, declared.compressions)
+        losses = allowed(fixed, "compression_loss", LOSSES, declared.compression_losses)
         norms = tuple(norm == "pre" for norm in declared.norms)
-        norm_first = allowed(fixed, "norm_first", (True, False), norms)
-        lowest = 0 if zeros else 1
-        own_way = declared.overflow in ("pad", "drop")
-        multiples = divisible or (own_way and not rest)
+        norms_first = allowed(fixed, "norm_first", (True, False), norms)
         if fixed.get("mem_len") == 0 and declared.mem_len != "any":
             not_claimed("mem_len is at least 1")
         if fixed.get("c_mem_len") == 0 and declared.c_mem_len == "one":
             not_claimed("c_mem_len is at least 1")
+        own_way = declared.overflow in ("pad", "drop")
+        only_rests = own_way and rest
+        multiples = divisible or (own_way and not rest)
+
+        rates = st.integers(3 if only_rests else 1, 4)
+        heads = st.sampled_from([1, 2, 3])
+        head_widths = st.sampled_from([4, 6])  # of 2 a norm would leave the sign
+        layers = st.integers(1, 3)
+        inner_widths = st.sampled_from([10, 14])  # so many ReLUs are not all dead
+        lowest = 0 if zeros else 1
+        memories = st.integers(lowest, 7)
+        compressed_memories = st.integers(lowest, 4)
+        constant = {k: value for k, value in fixed.items() if not isinstance(value, tuple)}
 
         @st.composite
         def draw_case(draw: st.DrawFn) -> Case:
-            rate = draw(st.integers(3 if own_way and rest else 1, 4))
-            heads = draw(st.sampled_from([1, 2, 3]))
-            drawn = Settings(
-                d_model=heads * draw(st.sampled_from([4, 6])),  # of 2 a norm would leave the sign
-                n_heads=heads,
-                n_layers=draw(st.integers(1, 3)),
-                d_ff=draw(st.sampled_from([10, 14])),  # so many ReLUs are not all dead
-                mem_len=draw(st.integers(lowest, 7)),
-                c_mem_len=draw(st.integers(lowest, 4)),
+            rate = draw(rates)
+            n_heads = draw(heads)
+            settings = Settings(
+                d_model=n_heads * draw(head_widths),
+                n_heads=n_heads,
+                n_layers=draw(layers),
+                d_ff=draw(inner_widths),
+                mem_len=draw(memories),
+                c_mem_len=draw(compressed_memories),
                 compression_rate=rate,
-                compression=draw(compression),
-                compression_loss=draw(loss),
-                norm_first=draw(norm_first),
+                compression=draw(compressions),
+                compression_loss=draw(losses),
+                norm_first=draw(norms_first),
             )
-            drawn = drawn._replace(**{k: v for k, v in fixed.items() if not isinstance(v, tuple)})
+            settings = settings._replace(**constant)
             lengths = st.integers(shortest, longest)
-            if own_way and rest:
+            if only_rests:
                 lengths = lengths.filter(lambda T: T % rate)
             if declared.segments == "full":
                 schedule = [draw(lengths)] * draw(st.integers(*steps))
             else:
                 schedule = draw(st.lists(lengths, min_size=steps[0], max_size=steps[1]))
             if readable and declared.start == "zeros":
-                drawn = drawn._replace(mem_len=max(*schedule, drawn.mem_len))
-            return fit(declared, drawn, schedule, multiples)
+                settings = settings._replace(mem_len=max(*schedule, settings.mem_len))
+            return fit(declared, settings, schedule, multiples)
 
         return draw_case()
 
@@ -119,20 +134,34 @@ def fit(
     """The nearest settings and schedule that the implementation supports."""
     c = settings.compression_rate
     if divisible or declared.overflow == "divisible":
-        schedule = [c * -(-T // c) for T in schedule]
-        settings = settings._replace(mem_len=c * -(-settings.mem_len // c))
-    least = max(schedule) if declared.mem_len == "segment" else int(declared.mem_len == "one")
-    if settings.c_mem_len > 0 and declared.overflow == "round_up":
+        schedule = [round_up(T, c) for T in schedule]
+        settings = settings._replace(mem_len=round_up(settings.mem_len, c))
+    settings = settings._replace(segment=max(schedule))
+
+    least = 0
+    if declared.mem_len == "one":
+        least = 1
+    if declared.mem_len == "segment":
+        least = settings.segment
+    if declared.overflow == "round_up" and settings.c_mem_len > 0:
         least = max(least, c - 1)
-    settings = settings._replace(mem_len=max(settings.mem_len, least), segment=max(schedule))
-    if declared.c_mem_len == "one":
-        settings = settings._replace(c_mem_len=max(settings.c_mem_len, 1))
-    if declared.c_mem_len == "block" and settings.c_mem_len < settings.mem_len // c:
-        if settings.c_mem_len == 0:
+    if settings.mem_len < least:
+        settings = settings._replace(mem_len=least)
+
+    if declared.c_mem_len == "one" and settings.c_mem_len == 0:
+        settings = settings._replace(c_mem_len=1)
+    blocks = settings.mem_len // c
+    if declared.c_mem_len == "block" and settings.c_mem_len < blocks:
+        if settings.c_mem_len == 0:  # no block, then
             settings = settings._replace(compression_rate=settings.mem_len + 1)
         else:
-            settings = settings._replace(c_mem_len=settings.mem_len // c)
+            settings = settings._replace(c_mem_len=blocks)
     return Case(settings, schedule)
+
+
+def round_up(length: int, c: int) -> int:
+    """To the next multiple of c."""
+    return -(-length // c) * c
 
 
 def check(**strategies: Any) -> Callable:
@@ -149,10 +178,15 @@ def check(**strategies: Any) -> Callable:
                     error.drawn = drawn
                     raise
 
-            made = {name: s(impl) if callable(s) else s for name, s in strategies.items()}
-            hypothesis.seed(torch_random.shift)(hypothesis.given(**made)(example))()
+            made = {}
+            for name, strategy in strategies.items():
+                made[name] = strategy(impl) if callable(strategy) else strategy
+            run = hypothesis.given(**made)(example)
+            hypothesis.seed(torch_random.shift)(run)()
 
-        test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__
+        test.__name__ = body.__name__
+        test.__doc__ = body.__doc__
+        test.__module__ = body.__module__
         test.body = body
         return test
 
@@ -167,8 +201,14 @@ class Broken(AssertionError):
     came shows it."""
 
     def __init__(self, what: str, expected: str, got: str, cause: str | None = None) -> None:
-        super().__init__(f"{what}: expected {expected}, got {got}" + (f" ({cause})" * bool(cause)))
-        self.what, self.expected, self.got, self.cause = what, expected, got, cause
+        message = f"{what}: expected {expected}, got {got}"
+        if cause:
+            message += f" ({cause})"
+        super().__init__(message)
+        self.what = what
+        self.expected = expected
+        self.got = got
+        self.cause = cause
 
 
 def holds(ok: object, what: str, expected: object, got: object, cause: str | None = None) -> None:
@@ -189,24 +229,36 @@ def close(
     holds(got.shape == expected.shape, f"{what}, its shape", list(expected.shape), list(got.shape))
     if same(got, expected, tolerance):
         return
-    cause = next((c for c, x in (causes or {}).items() if same(got, x, max(tolerance, 1e-9))), None)
-    differs = (got - expected).abs().nan_to_num(math.inf) > bound(expected, tolerance)
+    cause = None
+    for name, would_give in (causes or {}).items():
+        if cause is None and same(got, would_give, max(tolerance, 1e-9)):
+            cause = name
+    difference = (got - expected).abs().nan_to_num(math.inf)
+    differs = difference > bound(expected, tolerance)
     place = tuple(differs.nonzero()[0].tolist())
-    first = f", first at {list(place)}" if place else ""
-    many = f"; {int(differs.sum())} of {got.numel()} entries differ{first}" if place else ""
-    wanted, came = expected[place].item(), got[place].item()
-    digits = 9 if f"{wanted:.9g}" != f"{came:.9g}" else 17
-    raise Broken(what, f"{wanted:.{digits}g}", f"{came:.{digits}g}{many}", cause)
+    wanted = expected[place].item()
+    came = got[place].item()
+    digits = 9
+    if f"{wanted:.9g}" == f"{came:.9g}":
+        digits = 17
+    said = f"{came:.{digits}g}"
+    if place:
+        said += f"; {int(differs.sum())} of {got.numel()} entries differ, first at {list(place)}"
+    raise Broken(what, f"{wanted:.{digits}g}", said, cause)
 
 
 def bound(expected: Tensor, tolerance: float) -> float:
-    return tolerance * max(1.0, expected.abs().max().item()) if expected.numel() else 0.0
+    """The difference that is allowed."""
+    if expected.numel() == 0:
+        return 0.0
+    return tolerance * max(1.0, expected.abs().max().item())
 
 
 def same(got: Tensor, expected: Tensor, tolerance: float) -> bool:
     if got.shape != expected.shape:
         return False
-    return bool(((got - expected).abs() <= bound(expected, tolerance)).all())
+    near = (got - expected).abs() <= bound(expected, tolerance)
+    return bool(near.all())
 
 
 # ------------------------------------------------------------------------------------- streams
@@ -236,13 +288,16 @@ def filled(impl: Implementation, model: Any, settings: Settings, T: int, batch: 
     """A state after steps of T tokens, the same in every row, that has full memories and from
     which the next such step compresses."""
     reach = settings.mem_len + settings.compression_rate * (settings.c_mem_len + 1)
-    state, fed = impl.start(model, batch), 0
+    state = impl.start(model, batch)
+    fed = 0
     with torch.no_grad():
         while True:
             held = impl.read(state)[0].mem.size(1) + T
-            if fed >= reach and evicted(impl.declared, settings, held)[1] > 0:
+            _, leave = evicted(impl.declared, settings, held)
+            if fed >= reach and leave > 0:
                 return state
-            state = impl.step(model, tokens(settings, 1, T).expand(batch, T), state).state
+            segment = tokens(settings, 1, T).expand(batch, T)
+            state = impl.step(model, segment, state).state
             fed += T
 
 
@@ -274,37 +329,52 @@ def joined(
     twin with a memory that nothing leaves (what a layer does in a step does not depend on mem_len),
     or, where there can be no twin, from the newest slots of the state after the step."""
     if long is not None:
-        return [slots.mem for slots in impl.read(impl.step(long, segment, state).state)]
+        step = impl.step(long, segment, state)
+        return [slots.mem for slots in impl.read(step.state)]
+    T = segment.size(1)
     held = []
     for old, new in zip(impl.read(state), impl.read(after), strict=True):
-        T = segment.size(1)
         if new.mem.size(1) < T:
             not_claimed("its inputs cannot be read from its memory")
-        held.append(torch.cat([old.mem, new.mem[:, new.mem.size(1) - T :]], dim=1))
+        held.append(torch.cat([old.mem, newest(new.mem, T)], dim=1))
     return held
 
 
-def evicted(declared: Declaration, settings: Settings, held: int) -> tuple[list, int]:
+def newest(x: Tensor, n: int) -> Tensor:
+    """The last n slots, or all of them if there are fewer."""
+    return x[:, max(0, x.size(1) - n) :]
+
+
+def evicted(
+    declared: Declaration, settings: Settings, held: int
+) -> tuple[list[list[int | None]], int]:
     """Of the memories that a layer holds after its input joined (numbered from the oldest) those
     that become a slot each, None for padding, and how many leave (SPEC: one step)."""
-    overflow, c = max(0, held - settings.mem_len), settings.compression_rate
+    overflow = max(0, held - settings.mem_len)
     if settings.c_mem_len == 0:
         return [], overflow
+    c = settings.compression_rate
+    leave = overflow
     old: list[int | None] = list(range(overflow))
     if declared.overflow == "pad":
-        old = [None] * (-overflow % c) + old
+        padding = round_up(overflow, c) - overflow
+        old = [None] * padding + old
     elif declared.overflow == "drop":
         old = old[: overflow - overflow % c]
     else:
-        old = list(range(overflow + -overflow % c))
-    leave = max(overflow, len(old)) if declared.overflow != "pad" else overflow
+        leave = round_up(overflow, c)
+        old = list(range(leave))
     return [old[i : i + c] for i in range(0, len(old), c)], leave
 
 
 def block_of(held: Tensor, blocks: list[list[int | None]]) -> Tensor:
     """The evicted block `[B, c*n, D]` of what memory holds, padding included."""
     padded = torch.cat([held, torch.zeros_like(held[:, :1])], dim=1)
-    return padded[:, [-1 if j is None else j for block in blocks for j in block]]
+    chosen = []
+    for block in blocks:
+        for j in block:
+            chosen.append(-1 if j is None else j)  # -1: the zeros behind the newest
+    return padded[:, chosen]
 
 
 class Carried(NamedTuple):
@@ -319,20 +389,32 @@ class Carried(NamedTuple):
 def simulate(declared: Declaration, case: Case) -> list[Carried]:
     """Follow a stream with sets of tokens in the place of vectors, step by step."""
     settings, schedule = case
-    zeros = declared.start == "zeros"
-    mem = [[set() for _ in range(settings.mem_len * zeros)] for _ in range(settings.n_layers)]
-    c_mem = [[set() for _ in range(settings.c_mem_len * zeros)] for _ in range(settings.n_layers)]
-    steps, fed = [], 0
+    layers = range(settings.n_layers)
+    mem: list[list[set[int]]] = [[] for _ in layers]
+    c_mem: list[list[set[int]]] = [[] for _ in layers]
+    if declared.start == "zeros":
+        mem = [[set()] * settings.mem_len for _ in layers]
+        c_mem = [[set()] * settings.c_mem_len for _ in layers]
+    steps = []
+    fed = 0
     for T in schedule:
-        h = [{fed + t} for t in range(T)]
+        h = [{token} for token in range(fed, fed + T)]
         fed += T
-        for i in range(settings.n_layers):
-            x, seen = h, set().union(*c_mem[i], *mem[i])
-            h = [seen.union(*x[: t + 1]) for t in range(T)]
+        for i in layers:
+            x = h
+            seen = union(c_mem[i] + mem[i])
+            h = [seen | union(x[: t + 1]) for t in range(T)]
             held = mem[i] + x
             blocks, leave = evicted(declared, settings, len(held))
-            new = [set().union(*(held[j] for j in block if j is not None)) for block in blocks]
             mem[i] = held[leave:]
-            c_mem[i] = (c_mem[i] + new)[max(0, len(c_mem[i]) + len(new) - settings.c_mem_len) :]
+            slots = c_mem[i].copy()
+            for block in blocks:
+                slots.append(union([held[j] for j in block if j is not None]))
+            forgotten = max(0, len(slots) - settings.c_mem_len)
+            c_mem[i] = slots[forgotten:]
         steps.append(Carried(h, mem.copy(), c_mem.copy()))
     return steps
+
+
+def union(sets: list[set[int]]) -> set[int]:
+    return set().union(*sets)

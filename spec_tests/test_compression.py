@@ -32,23 +32,26 @@ def each(
 
 @check(case=cases(steps=ONE_STEP), n=st.integers(0, 4))
 def test_CMP_1_c_n_memories_become_n_slots(impl: Implementation, case: Case, n: int):
-    n = n if impl.declared.compress_nothing else max(n, 1)
+    if not impl.declared.compress_nothing:
+        n = max(n, 1)
     for name, model in each(impl, case, COMPRESSIONS):
         old, usage = block(impl, case.settings, n)
-        got = list(impl.compress(model, 0, old, usage).shape)
+        slots = impl.compress(model, 0, old, usage)
         expected = [2, n, case.settings.d_model]
+        got = list(slots.shape)
         holds(got == expected, f"shape of {name} of {list(old.shape)}", expected, got)
 
 
 @check(case=cases(steps=ONE_STEP, compression=STRIDED), n=st.integers(2, 4), k=st.integers(0, 3))
 def test_CMP_2_slot_k_depends_on_block_k_alone(impl: Implementation, case: Case, n: int, k: int):
-    c, k = case.settings.compression_rate, min(k, n - 1)
+    c = case.settings.compression_rate
+    k = min(k, n - 1)
     for name, model in each(impl, case, STRIDED):
         old, usage = block(impl, case.settings, n)
         old.requires_grad_()
         slots = impl.compress(model, 0, old, usage)
-        seed = torch.randn(slots[:, k].shape, dtype=impl.dtype)
-        (gradient,) = torch.autograd.grad((slots[:, k] * seed).sum(), old)
+        weighted = slots[:, k] * torch.randn(slots[:, k].shape, dtype=impl.dtype)
+        (gradient,) = torch.autograd.grad(weighted.sum(), old)
         reached = gradient.abs().sum(dim=(0, 2)).nonzero().flatten().tolist()
         expected = list(range(c * k, c * (k + 1)))
         if name == "max_pool":  # of a feature one memory wins
@@ -64,20 +67,27 @@ def test_CMP_3_layers_share_no_compression_parameter(impl: Implementation, case:
     model = impl.build(case.settings)
     layers = impl.compression_parameters(model)
     holds(all(layers), "layers with compression parameters", "all", [len(x) for x in layers])
-    storages = [parameter.data_ptr() for layer in layers for parameter in layer]
+    storages = []
+    for layer in layers:
+        storages += [parameter.data_ptr() for parameter in layer]
     holds(len(set(storages)) == len(storages), "their parameters", "apart", "shared")
 
 
 @check(case=cases(steps=ONE_STEP, n_layers=3, d_model=12, compression=PARAMETRIC))
 def test_CMP_3_layers_compress_by_parameters_of_their_own(impl: Implementation, case: Case):
     """A layer's f_c moves with its own parameters and no other layer's."""
-    model, (old, usage) = impl.build(case.settings), block(impl, case.settings, 2)
-    before = [impl.compress(model, i, old, usage) for i in range(3)]
+    model = impl.build(case.settings)
+    old, usage = block(impl, case.settings, 2)
+
+    def compressed() -> list[Tensor]:
+        return [impl.compress(model, i, old, usage) for i in range(3)]
+
+    before = compressed()
     for k, layer in enumerate(impl.compression_parameters(model)):
         with torch.no_grad():
             for parameter in layer:
                 parameter.mul_(1.5)
-        after = [impl.compress(model, i, old, usage) for i in range(3)]
+        after = compressed()
         moved = [i for i in range(3) if not torch.equal(before[i], after[i])]
         holds(moved == [k], f"layers whose f_c moves with that of layer {k}", [k], moved)
         before = after
@@ -87,17 +97,29 @@ def by_loops(
     impl: Implementation, model: nn.Module, settings: Settings, old: Tensor, usage: Tensor
 ) -> Tensor:
     """f_c of `[B, c*n, D]` by its definition."""
-    name, c, D = settings.compression, settings.compression_rate, settings.d_model
+    name = settings.compression
+    c = settings.compression_rate
     weights: dict = {}
     if name == "dilated_conv":
         weights = oracle.lists(impl.weights(model))["layers"][0]
-    if name == "conv":  # an affine map of c memories: read it off, a number of its input at a time
-        inputs = torch.cat([torch.zeros(1, c * D), torch.eye(c * D)]).to(old).view(-1, c, D)
-        slots = impl.compress(model, 0, inputs, inputs.new_zeros(len(inputs), c))[:, 0]
-        kernel = (slots[1:] - slots[0]).view(c, D, D)
-        weights = {"convolution": kernel.tolist(), "convolution_bias": slots[0].tolist()}
-    rows = zip(old.tolist(), usage.tolist(), strict=True)
-    return torch.tensor([oracle.compress(name, weights, *row, c) for row in rows], dtype=impl.dtype)
+    if name == "conv":
+        weights = read_off(impl, model, c, settings.d_model)
+    rows = []
+    for one, its_usage in zip(old.tolist(), usage.tolist(), strict=True):
+        rows.append(oracle.compress(name, weights, one, its_usage, c))
+    return torch.tensor(rows, dtype=impl.dtype)
+
+
+def read_off(impl: Implementation, model: nn.Module, c: int, D: int) -> dict:
+    """The weights of a convolution, an affine map of c memories: of zeros it gives the bias, of a
+    single 1 in their c * D numbers that and a row of the kernel."""
+    inputs = torch.zeros(1 + c * D, c * D, dtype=impl.dtype)
+    inputs[1:] = torch.eye(c * D)
+    inputs = inputs.view(-1, c, D)
+    slots = impl.compress(model, 0, inputs, torch.zeros(1 + c * D, c, dtype=impl.dtype))
+    bias = slots[0, 0]
+    kernel = (slots[1:, 0] - bias).view(c, D, D)
+    return {"convolution": kernel.tolist(), "convolution_bias": bias.tolist()}
 
 
 @check(case=cases(steps=ONE_STEP), n=st.integers(1, 4))
@@ -107,9 +129,9 @@ def test_CMP_4_every_function_equals_its_definition_by_loops(
     for name, model in each(impl, case, COMPRESSIONS):
         if name == "dilated_conv" and not hasattr(impl.adapter, "weights"):
             continue
-        old, usage = block(impl, case.settings, n)
+        settings = case.settings._replace(compression=name)
+        old, usage = block(impl, settings, n)
         with torch.no_grad():
-            settings = case.settings._replace(compression=name)
             expected = by_loops(impl, model, settings, old, usage)
             slots = impl.compress(model, 0, old, usage)
         close(f"{name} of {list(old.shape)}", slots, expected, impl.tolerance)
@@ -117,6 +139,7 @@ def test_CMP_4_every_function_equals_its_definition_by_loops(
 
 @check(case=cases(steps=ONE_STEP, compression="most_used"), n=st.integers(1, 3))
 def test_CMP_4_of_equally_used_memories_the_older_stay(impl: Implementation, case: Case, n: int):
-    model, (old, usage) = impl.build(case.settings), block(impl, case.settings, n)
+    model = impl.build(case.settings)
+    old, usage = block(impl, case.settings, n)
     slots = impl.compress(model, 0, old, torch.ones_like(usage))
     close("most_used of equally used memories", slots, old[:, :n])

@@ -1,9 +1,10 @@
 """MEM: what is remembered, compressed and forgotten."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .implementation import Implementation, Slots, not_claimed
 from .support import (
@@ -22,51 +23,61 @@ from .support import (
     in_some_draw,
     joined,
     longer_memory,
+    newest,
     simulate,
     tokens,
 )
 
 
-def newest(x: Tensor, n: int) -> Tensor:
-    return x[:, max(0, x.size(1) - n) :]
+class Seen(NamedTuple):
+    """A layer in a step: what memory holds once the layer's input has joined, and the memories
+    before and after."""
+
+    model: nn.Module
+    layer: int
+    where: str
+    held: Tensor
+    before: Slots
+    after: Slots
 
 
-def layer_by_layer(
-    impl: Implementation, case: Case
-) -> Iterator[tuple[torch.nn.Module, int, str, Tensor, Slots, Slots]]:
-    """Run a stream; for each step and layer the model, the layer, where this is, what memory holds
-    once the layer's input has joined, and the memories before and after."""
+def layer_by_layer(impl: Implementation, case: Case) -> Iterator[Seen]:
+    """Run a stream."""
     settings, schedule = case
-    model, text = impl.build(settings), tokens(settings, 2, sum(schedule))
-    long, state = longer_memory(impl, model, case), impl.start(model, 2)
+    model = impl.build(settings)
+    text = tokens(settings, 2, sum(schedule))
+    long = longer_memory(impl, model, case)
+    state = impl.start(model, 2)
     for n, segment in enumerate(text.split(schedule, dim=1)):
-        before, step = impl.read(state), impl.step(model, segment, state)
+        before = impl.read(state)
+        step = impl.step(model, segment, state)
+        after = impl.read(step.state)
         held = joined(impl, long, segment, state, step.state)
         state = step.state
-        for i, after in enumerate(impl.read(state)):
+        for i in range(len(after)):
             where = f"in layer {i} after step {n} of segments of {schedule}"
-            yield model, i, where, held[i], before[i], after
+            yield Seen(model, i, where, held[i], before[i], after[i])
 
 
 @check(case=cases(readable=True))
 def test_MEM_1_memory_is_the_newest_slots_oldest_first(impl: Implementation, case: Case):
     for _, _, where, held, before, after in layer_by_layer(impl, case):
         blocks, leave = evicted(impl.declared, case.settings, held.size(1))
-        kept = held.size(1) - leave
+        stay = held.size(1) - leave
         was = held[:, : before.mem.size(1)]
         close(f"what was in memory before, {where}", was, before.mem, impl.tolerance)
         causes = {
-            "the newest were evicted instead of the oldest": held[:, :kept],
+            "the newest were evicted instead of the oldest": held[:, :stay],
             "the newest slot comes first": held[:, leave:].flip(1),
-            "it begins one slot too early": held[:, max(0, leave - 1) :][:, :kept],
+            "it begins one slot too early": held[:, max(0, leave - 1) :][:, :stay],
         }
         close(f"memory {where}", after.mem, held[:, leave:], impl.tolerance, causes)
-        old = newest(before.c_mem, case.settings.c_mem_len - len(blocks))
-        old = old if len(blocks) < case.settings.c_mem_len else old[:, :0]
+        room = max(0, case.settings.c_mem_len - len(blocks))
+        old = newest(before.c_mem, room)
+        found = after.c_mem[:, : old.size(1)]
         causes = {
             "new compressed slots are put before the old ones": newest(after.c_mem, old.size(1))
         }
-        found = after.c_mem[:, : old.size(1)]
         close(f"compressed memory kept from before, {where}", found, old, causes=causes)
 
 
@@ -87,11 +98,12 @@ def test_MEM_2_nothing_is_kept_in_a_memory_of_length_zero(impl: Implementation, 
 
 def never_too_long(impl: Implementation, case: Case) -> None:
     settings, schedule = case
+    longest = Slots(settings.mem_len, settings.c_mem_len)
     model = impl.build(settings)
     text = tokens(settings, 1, sum(schedule))
     for n, step in enumerate(impl.run(model, text, schedule)):
         for i, slots in enumerate(impl.read(step.state)):
-            for name, part, most in zip(Slots._fields, slots, settings[5:7], strict=True):
+            for name, part, most in zip(Slots._fields, slots, longest, strict=True):
                 what = f"slots of {name} in layer {i} after step {n} of segments of {schedule}"
                 holds(part.size(1) <= most, what, f"at most {most}", part.size(1))
 
@@ -100,7 +112,8 @@ def carried_by_slots(impl: Implementation, case: Case) -> Iterator[tuple[Slots, 
     """After each step the slots of the first layer, for a text and, row by row, for the text with
     one other token."""
     settings, schedule = case
-    model, length = impl.build(settings), sum(schedule)
+    length = sum(schedule)
+    model = impl.build(settings)
     text = tokens(settings, 1, length)
     with torch.no_grad():
         plain = impl.run(model, text.expand(length, length), schedule)
@@ -114,24 +127,19 @@ def test_MEM_3_every_token_is_in_one_slot_or_forgotten(impl: Implementation, cas
     """A token is in the slots that change when it does: the first layer's inputs are the tokens."""
     expected = simulate(impl.declared, case)
     for n, (plain, other) in enumerate(carried_by_slots(impl, case)):
-        for part, name in enumerate(Slots._fields):
-            slots = expected[n][1 + part][0]
+        first_layer = Slots(expected[n].mem[0], expected[n].c_mem[0])
+        for name in Slots._fields:
             what = f"{name} after step {n} of segments of {case.schedule}"
-            holds(
-                plain[part].size(1) == len(slots),
-                f"number of slots of {what}",
-                len(slots),
-                plain[part].size(1),
-            )
-            differs = (plain[part] != other[part]).any(dim=-1)  # [token, slot]
+            slots = getattr(first_layer, name)
+            one = getattr(plain, name)
+            two = getattr(other, name)
+            came = one.size(1)
+            holds(came == len(slots), f"number of slots of {what}", len(slots), came)
+            differs = (one != two).any(dim=-1)  # [token, slot]
             for k, tokens_in in enumerate(slots):
                 found = set(differs[:, k].nonzero().flatten().tolist())
-                holds(
-                    found == tokens_in,
-                    f"tokens in slot {k} of {what}",
-                    tokens_in or "none",
-                    found or "none",
-                )
+                where = f"tokens in slot {k} of {what}"
+                holds(found == tokens_in, where, tokens_in or "none", found or "none")
 
 
 @check(case=cases(rest=True, readable=True))
@@ -151,7 +159,8 @@ def test_MEM_4_the_loss_is_zero_while_nothing_overflows(impl: Implementation, ca
     if impl.declared.start == "zeros":
         not_claimed("memories overflow from the start")
     settings, (T,) = case
-    settings, _ = fit(impl.declared, settings._replace(mem_len=max(T, settings.mem_len)), [T])
+    enough = settings._replace(mem_len=max(T, settings.mem_len))
+    settings, _ = fit(impl.declared, enough, [T])
     model = impl.build(settings).train()
     step = impl.step(model, tokens(settings, 2, T), impl.start(model, 2))
     holds(step.loss == 0, f"compression loss after {T} tokens", 0, step.loss.item())
@@ -169,16 +178,19 @@ def test_MEM_5_new_slots_are_the_layers_own_compression_of_what_left(
         if not blocks:
             continue
 
-        def compressed(held: Tensor, layer: int, blocks: list = blocks, model=model) -> Tensor:
-            old = block_of(held, blocks)
-            new = impl.compress(model, layer, old, old.new_zeros(old.shape[:2]))
+        def compressed(layer: int, old: Tensor, model: nn.Module = model) -> Tensor:
+            unused = old.new_zeros(old.shape[:2])
+            new = impl.compress(model, layer, old, unused)
             return newest(new, settings.c_mem_len)
 
-        new = compressed(held, i)
-        causes = {"f_c is another layer's": compressed(held, (i + 1) % settings.n_layers)}
+        old = block_of(held, blocks)
+        new = compressed(i, old)
+        another = (i + 1) % settings.n_layers
+        causes = {"f_c is another layer's": compressed(another, old)}
         if held.size(1) >= 2 * leave:
-            causes["the memories that stay are compressed"] = compressed(held[:, leave:], i)
-        found = after.c_mem[:, after.c_mem.size(1) - new.size(1) :]
+            staying = block_of(held[:, leave:], blocks)
+            causes["the memories that stay are compressed"] = compressed(i, staying)
+        found = newest(after.c_mem, new.size(1))
         close(f"new compressed slots {where}", found, new, impl.tolerance, causes)
 
 
@@ -188,7 +200,8 @@ def test_MEM_6_slots_made_in_a_step_are_first_read_in_the_next(impl: Implementat
     settings, (T,) = case
     model = impl.build(settings)
     state = filled(impl, model, settings, T)
-    text, after = tokens(settings, 2, T), tokens(settings, 2, T)
+    text = tokens(settings, 2, T)
+    after = tokens(settings, 2, T)
     with torch.no_grad():
         step = impl.step(model, text, state)
         following = impl.step(model, after, step.state)
@@ -197,8 +210,9 @@ def test_MEM_6_slots_made_in_a_step_are_first_read_in_the_next(impl: Implementat
                 parameter.mul_(-2)
         again = impl.step(model, text, state)
         close("logits of a step with another f_c", again.logits, step.logits)
-        other = impl.step(model, after, again.state).logits
-    holds((other != following.logits).any(), "logits of the step after", "others", "the same")
+        other = impl.step(model, after, again.state)
+    differs = (other.logits != following.logits).any()
+    holds(differs, "logits of the step after", "others", "the same")
 
 
 @check(case=cases(steps=(1, 1), n_layers=3))
@@ -206,27 +220,30 @@ def test_MEM_7_layers_remember_their_own_inputs(impl: Implementation, case: Case
     """A layer's parameters move the memories of the layers above it and no others: change each
     parameter of the model by itself, and look which memories change."""
     settings, (T,) = case
-    settings, _ = fit(impl.declared, settings._replace(mem_len=max(T, settings.mem_len) + 3), [T])
-    model, text = impl.build(settings), tokens(settings, 2, T)
+    enough = settings._replace(mem_len=max(T, settings.mem_len) + 3)
+    settings, _ = fit(impl.declared, enough, [T])
+    model = impl.build(settings)
+    text = tokens(settings, 2, T)
 
     def memories() -> list[Tensor]:
-        return [x.mem for x in impl.read(impl.step(model, text, impl.start(model, 2)).state)]
+        step = impl.step(model, text, impl.start(model, 2))
+        return [layer.mem for layer in impl.read(step.state)]
 
+    lowest = set()
     with torch.no_grad():
-        before, firsts = memories(), set()
+        before = memories()
         for name, parameter in model.named_parameters():
             kept = parameter.clone()
             parameter.mul_(-1.5)
-            pairs = zip(before, memories(), strict=True)
-            moved = [i for i, (a, b) in enumerate(pairs) if not torch.equal(a, b)]
+            after = memories()
             parameter.copy_(kept)
+            moved = [i for i in range(3) if not torch.equal(before[i], after[i])]
             if moved:
-                firsts.add(moved[0])
+                lowest.add(moved[0])
                 above = list(range(moved[0], 3))
                 holds(moved == above, f"layers whose memory moves with {name}", above, moved)
-    holds(
-        firsts == {0, 1, 2}, "lowest layers whose memory moves with a parameter", [0, 1, 2], firsts
-    )
+    what = "lowest layers whose memory moves with a parameter"
+    holds(lowest == {0, 1, 2}, what, [0, 1, 2], lowest)
 
 
 @check(case=cases(steps=(1, 1)))
@@ -236,15 +253,21 @@ def test_MEM_1_MEM_7_the_first_layer_remembers_the_tokens_in_order(
     """Its slots depend on their own token alone, the other layers' on those before, too."""
     settings, (T,) = case
     settings, _ = fit(impl.declared, settings._replace(mem_len=T + 3, n_layers=2), [T])
-    model, text = impl.build(settings), tokens(settings, 1, T)
-    with torch.no_grad():
-        plain, other = (
-            impl.read(impl.step(model, x, impl.start(model, T)).state)
-            for x in (text.expand(T, T), changed(text, settings.vocab_size))
-        )
-    for i in range(2):
-        moved = (newest(plain[i].mem, T) != newest(other[i].mem, T)).any(dim=-1)  # [token, slot]
-        expected = torch.eye(T, dtype=torch.bool) if i == 0 else torch.ones(T, T).triu().bool()
+    model = impl.build(settings)
+    text = tokens(settings, 1, T)
+
+    def after_a_step(text: Tensor) -> list[Slots]:
+        with torch.no_grad():
+            step = impl.step(model, text, impl.start(model, T))
+        return impl.read(step.state)
+
+    plain = after_a_step(text.expand(T, T))
+    other = after_a_step(changed(text, settings.vocab_size))
+    own_token = torch.eye(T, dtype=torch.bool)
+    and_those_before = torch.ones(T, T).triu().bool()
+    for i, expected in enumerate((own_token, and_those_before)):
+        differs = newest(plain[i].mem, T) != newest(other[i].mem, T)
+        moved = differs.any(dim=-1)  # [token, slot]
         what = f"slots of layer {i} that a changed token moves, token by token"
         holds(torch.equal(moved, expected), what, expected.int().tolist(), moved.int().tolist())
 
@@ -266,24 +289,23 @@ def test_MEM_8_memories_keep_the_dtype_float32(impl: Implementation, case: Case)
 def unchanged_and_cut_off(impl: Implementation, case: Case, dtype: torch.dtype) -> None:
     settings, schedule = case
     model = impl.build(settings).to(dtype).train()
+    text = tokens(settings, 2, sum(schedule))
     state = impl.start(model, 2)
-    for n, segment in enumerate(tokens(settings, 2, sum(schedule)).split(schedule, dim=1)):
-        handed = impl.read(state)
-        copies = [Slots(*(part.clone() for part in layer)) for layer in handed]
+    for n, segment in enumerate(text.split(schedule, dim=1)):
+        copies = [Slots(mem.clone(), c_mem.clone()) for mem, c_mem in impl.read(state)]
         step = impl.step(model, segment, state)
         (step.logits.sum() + step.loss).backward()
         for i, (was, now) in enumerate(zip(copies, impl.read(state), strict=True)):
-            for name, a, b in zip(Slots._fields, was, now, strict=True):
-                close(f"{name} handed to layer {i}, after step {n}", b, a)
+            close(f"mem handed to layer {i}, after step {n}", now.mem, was.mem)
+            close(f"c_mem handed to layer {i}, after step {n}", now.c_mem, was.c_mem)
         state = step.state
+        expected = [segment.device, dtype]
         for i, layer in enumerate(impl.read(state)):
             for name, part in zip(Slots._fields, layer, strict=True):
                 what = f"{name} that layer {i} handed back in step {n}"
                 holds(not part.requires_grad, f"{what}, its gradient", "none", part.grad_fn)
-                expected = [segment.device, dtype]
-                holds(
-                    [part.device, part.dtype] == expected, what, expected, [part.device, part.dtype]
-                )
+                got = [part.device, part.dtype]
+                holds(got == expected, what, expected, got)
 
 
 @check(case=cases(steps=(2, 8), compression=WHOLE))
@@ -294,16 +316,21 @@ def test_MEM_9_a_token_reaches_exactly_what_the_memories_carry_it_to(
     the place of vectors say (the same row of the unchanged batch is the same arithmetic)."""
     settings, schedule = case
     length = sum(schedule)
-    reached = [tokens for step in simulate(impl.declared, case) for tokens in step.positions]
-    expected = torch.tensor([[i in tokens for tokens in reached] for i in range(length)])
+    reached = []  # for each position the tokens that do
+    for step in simulate(impl.declared, case):
+        reached += step.positions
+    expected = torch.zeros(length, length, dtype=torch.bool)  # [changed token, position]
+    for position, reaching in enumerate(reached):
+        expected[list(reaching), position] = True
 
     def differs() -> Tensor:
-        model, text = impl.build(settings), tokens(settings, 1, length)
+        model = impl.build(settings)
+        text = tokens(settings, 1, length)
         plain = impl.logits(model, text.expand(length, length), schedule)
         other = impl.logits(model, changed(text, settings.vocab_size), schedule)
         return (plain != other).any(dim=-1)
 
-    seen = in_some_draw(expected, differs)  # [changed token, position]
+    seen = in_some_draw(expected, differs)
     for t in range(length):
         found = set(seen[:, t].nonzero().flatten().tolist())
         what = f"tokens that reach the logits at {t} of segments of {schedule}"

@@ -5,6 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,25 +69,34 @@ class Model(nn.Module):
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@contextmanager
+def users_folder() -> Iterator[Path]:
     """A user's folder: her model, the adapter of README.md, and a copy of the suite."""
-    folder = tmp_path_factory.mktemp("user")
-    shutil.copytree(SUITE, folder / "spec_tests", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(reference.compressive.__file__, folder / "parts.py")
-    (folder / "my_model.py").write_text(MY_MODEL)
-    (folder / "my_adapter.py").write_text(ADAPTER)
-    return folder
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(SUITE, folder / "spec_tests", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(reference.compressive.__file__, folder / "parts.py")
+        (folder / "my_model.py").write_text(MY_MODEL)
+        (folder / "my_adapter.py").write_text(ADAPTER)
+        yield folder
+
+
+def change(folder: Path, old: str, new: str) -> None:
+    """Break the user's model."""
+    parts = folder / "parts.py"
+    right = parts.read_text()
+    assert old in right
+    parts.write_text(right.replace(old, new))
 
 
 def spec(folder: Path, *options: str) -> SimpleNamespace:
     """Run the suite there in the quick profile; its exit status, what it said, and its report."""
-    (folder / "report.json").unlink(missing_ok=True)
+    file = folder / "report.json"
+    file.unlink(missing_ok=True)
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "spec_tests", "--spec-profile=quick"]
     command += ["--spec-report=report.json", "-p", "no:cacheprovider", *options]
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    report = folder / "report.json"
-    report = json.loads(report.read_text()) if report.exists() else None
+    report = json.loads(file.read_text()) if file.exists() else None
     return SimpleNamespace(status=ran.returncode, out=ran.stdout, err=ran.stderr, report=report)
 
 
@@ -100,8 +112,10 @@ def variant(folder: Path, name: str, **declares: object) -> str:
     return f"{name}.py"
 
 
-def test_the_adapter_of_the_readme_works_at_the_first_attempt(folder: Path):
-    ran = spec(folder, "--impl=my_adapter.py")
+@pytest.mark.elsewhere
+def test_the_adapter_of_the_readme_works_at_the_first_attempt():
+    with users_folder() as folder:
+        ran = spec(folder, "--impl=my_adapter.py")
     assert ran.status == 0, ran.out
     found = verdicts(ran.report)
     assert found.keys() == RULES.keys()
@@ -111,63 +125,51 @@ def test_the_adapter_of_the_readme_works_at_the_first_attempt(folder: Path):
     assert len(ADAPTER.splitlines()) <= 60
 
 
-def test_a_failure_teaches_and_can_be_done_again(folder: Path):
-    parts = folder / "parts.py"
-    right = parts.read_text()
+@pytest.mark.elsewhere
+def test_a_failure_teaches_and_can_be_done_again():
     old = "old = held[:, : n * compression_rate]"
     new = "keep = held.size(1) - leaving; old = held[:, keep : keep + n * compression_rate]"
-    stays = "held[:, leaving:]"
-    assert old in right and stays in right
-    parts.write_text(right.replace(old, new).replace(stays, "held[:, :keep]"))
-    try:
-        ran = spec(
-            folder, "--impl", "my_adapter:Adapter", "-k", "MEM_1 and newest", "--spec-seed=3"
-        )
-        assert ran.status == 1
-        assert verdicts(ran.report) == {"MEM-1": "FAIL"}
-        for said in (
-            f"MEM-1 (MUST): {RULES['MEM-1'].sentence}",
-            "expected  ",
-            "entries differ, first at [",
-            "case = Case(Settings(",
-            "cause      the newest were evicted instead of the oldest (that is exactly what came)",
-        ):
-            assert said in ran.out
+    with users_folder() as folder:
+        change(folder, old, new)
+        change(folder, "held[:, leaving:]", "held[:, :keep]")
+        options = ("--impl", "my_adapter:Adapter", "-k", "MEM_1 and newest", "--spec-seed=3")
+        ran = spec(folder, *options)
         snippet = re.search(r"again +(from .*)\n +(replay\(.*\))", ran.out)
-        assert "spec_seed=3" in snippet[2]
         again = [sys.executable, "-W", "ignore", "-c", "\n".join(snippet.groups())]
         again = subprocess.run(again, cwd=folder, capture_output=True, text=True)
-        expected = re.search(r"expected +(\S+)", ran.out)[1]
-        assert "Broken: memory in layer 0 after step" in again.stderr
-        assert f"expected {expected}" in again.stderr
-    finally:
-        parts.write_text(right)
+    assert ran.status == 1
+    assert verdicts(ran.report) == {"MEM-1": "FAIL"}
+    for said in (
+        f"MEM-1 (MUST): {RULES['MEM-1'].sentence}",
+        "expected  ",
+        "entries differ, first at [",
+        "case = Case(Settings(",
+        "cause      the newest were evicted instead of the oldest (that is exactly what came)",
+    ):
+        assert said in ran.out
+    assert "spec_seed=3" in snippet[2]
+    expected = re.search(r"expected +(\S+)", ran.out)[1]
+    assert "Broken: memory in layer 0 after step" in again.stderr
+    assert f"expected {expected}" in again.stderr
 
 
-def test_what_is_declared_is_followed(folder: Path):
+@pytest.mark.elsewhere
+def test_what_is_declared_is_followed():
     known = {"CMP-3": "the layers share f_c", "MOD-5": "nothing is checked"}
-    adapter = variant(folder, "known", known=known, not_claimed={"MEM-6": "made at once"})
-    ran = spec(folder, "--impl", adapter, "-k", "CMP_3 or MEM_6 or MEM_2")
-    assert ran.status == 1  # for what holds in spite of it
+    with users_folder() as folder:
+        adapter = variant(folder, "known", known=known, not_claimed={"MEM-6": "made at once"})
+        right = spec(folder, "--impl", adapter, "-k", "CMP_3 or MEM_6 or MEM_2")
+        change(folder, "check_input(self, tokens, memory)", "pass")
+        wrong = spec(folder, "--impl", adapter, "-k", "MOD_5")
+    assert right.status == 1  # for what holds in spite of it
     wanted = {"MEM-2": "PASS", "MEM-6": "NOT CLAIMED", "CMP-3": "UNEXPECTED PASS"}
-    assert verdicts(ran.report) == wanted
-    assert re.search(r"CMP-3 +MUST +UNEXPECTED PASS +declared as known: the layers share", ran.out)
-    assert re.search(r"MEM-6 +MUST +NOT CLAIMED +made at once", ran.out)
-    parts = folder / "parts.py"
-    right = parts.read_text()
-    parts.write_text(
-        right.replace(
-            "check_input(self, tokens, memory)",
-            "pass",
-        )
-    )
-    try:
-        ran = spec(folder, "--impl", adapter, "-k", "MOD_5")
-        assert ran.status == 0
-        assert verdicts(ran.report) == {"MOD-5": "KNOWN"}
-        assert re.search(r"MOD-5 +SHOULD +KNOWN +nothing is checked", ran.out)
-    finally:
-        parts.write_text(right)
+    assert verdicts(right.report) == wanted
+    unexpected = r"CMP-3 +MUST +UNEXPECTED PASS +declared as known: the layers share"
+    assert re.search(unexpected, right.out)
+    assert re.search(r"MEM-6 +MUST +NOT CLAIMED +made at once", right.out)
+    assert wrong.status == 0
+    assert verdicts(wrong.report) == {"MOD-5": "KNOWN"}
+    assert re.search(r"MOD-5 +SHOULD +KNOWN +nothing is checked", wrong.out)
 
 
 def test_what_is_known_of_a_test_hides_no_other_failure_of_its_rule():
@@ -189,8 +191,10 @@ def test_what_is_known_of_a_test_hides_no_other_failure_of_its_rule():
         assert report.verdict("CMP-1") == verdict
 
 
-def test_the_json_is_as_documented(folder: Path):
-    ran = spec(folder, "--impl", "my_adapter.py", "-k", "CMP_3 or MOD_3")
+@pytest.mark.elsewhere
+def test_the_json_is_as_documented():
+    with users_folder() as folder:
+        ran = spec(folder, "--impl", "my_adapter.py", "-k", "CMP_3 or MOD_3")
     report = ran.report
     assert report["schema"] == SCHEMA == 1
     documented = README[README.index("| `schema` | 1 |") :].split("\n\n")[0]
@@ -206,6 +210,7 @@ def test_the_json_is_as_documented(folder: Path):
     assert report["totals"]["MUST"] == {**dict.fromkeys(VERDICTS, 0), "PASS": 2, "NOT RUN": 26}
 
 
+@pytest.mark.elsewhere
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -216,10 +221,9 @@ def test_the_json_is_as_documented(folder: Path):
         ),
     ],
 )
-def test_an_adapter_that_cannot_be_used_costs_one_message(
-    folder: Path, options: tuple[str, ...], message: str
-):
-    ran = spec(folder, *options)
+def test_an_adapter_that_cannot_be_used_costs_one_message(options: tuple[str, ...], message: str):
+    with users_folder() as folder:
+        ran = spec(folder, *options)
     assert ran.status == 4 and ran.report is None
     assert ran.err.strip() == f"ERROR: {message}"
 
@@ -306,7 +310,7 @@ def test_every_declaration_is_documented():
     assert declaration(SimpleNamespace(declares={})) == Declaration()
 
 
-def test_a_seed_gives_other_examples_and_the_same_ones_again(folder: Path, monkeypatch):
+def test_a_seed_gives_other_examples_and_the_same_ones_again(monkeypatch):
     from .. import test_memory
     from ..support import torch_random
 

@@ -1,0 +1,63 @@
+"""Tests marked `elsewhere` begin all at once, in other processes, and are waited for in their turn;
+this process tests the rules in the meantime."""
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+from ..conftest import prepare
+from ..report import rules_of
+from ..support import torch_random
+
+AT_A_TIME = min(4, os.cpu_count() or 1)
+
+pool: ProcessPoolExecutor | None = None
+begun: dict[pytest.Item, Future] = {}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    what = "elsewhere: run in another process, with its parameters and no fixture"
+    config.addinivalue_line("markers", what)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The rules first, so that there is something to do in the meantime."""
+    items.sort(key=lambda item: not rules_of(item.name))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    global pool
+    chosen = [item for item in session.items if item.get_closest_marker("elsewhere")]
+    if len(chosen) < 2 or session.config.option.collectonly:
+        return  # one alone runs here, where pytest explains more and a debugger can step in
+    context = get_context("spawn")  # a fork would not survive what torch has started
+    settings = session.config.option.spec_profile, session.config.option.spec_seed, torch.float64
+    pool = ProcessPoolExecutor(AT_A_TIME, context, initializer=prepare, initargs=settings)
+    for item in chosen:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        begun[item] = pool.submit(call, item.function, parameters)
+
+
+def call(test: Callable, parameters: Mapping[str, object]) -> None:
+    torch_random.seed(0)
+    test(**parameters)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if pyfuncitem not in begun:
+        return None
+    error = begun.pop(pyfuncitem).exception()
+    if error is not None:
+        cause = error.__cause__ or error  # the traceback of the other process
+        pytest.fail(str(cause), pytrace=False)
+    return True
+
+
+def pytest_unconfigure() -> None:
+    if pool is not None:
+        pool.shutdown(cancel_futures=True)
