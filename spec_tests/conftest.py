@@ -4,12 +4,12 @@ from importlib.util import find_spec
 
 import hypothesis
 import pytest
-import torch
 
+from . import elsewhere
 from .adapter import Settings
 from .implementation import Implementation, Unusable, check_usable, load
 from .report import SpecReport
-from .support import fit, torch_random
+from .support import fit, prepare, torch_random
 
 REFERENCE = "spec_tests.adapters.reference"
 PROFILES = {"quick": 20, "default": 60, "thorough": 600}  # examples of a check
@@ -43,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if option.impl is not None:  # the files that are about compressive.py alone
         collect_ignore.extend(["test_golden.py", "test_reference.py", "meta"])
         collect_ignore.extend(["test_train.py", "test_train_runs.py"])
+    else:
+        config.pluginmanager.register(elsewhere, "elsewhere")
     spec = option.impl or REFERENCE
     try:
         impl = load(spec)
@@ -53,14 +55,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SpecReport(config, impl), "spec_report")
 
 
-def prepare(profile: str, seed: int, dtype: torch.dtype) -> None:
-    """Set up a process that is to test."""
-    torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
-    torch.set_default_dtype(dtype)
-    hypothesis.settings.load_profile(profile)
-    torch_random.shift = seed
-
-
 def supported(impl: Implementation) -> Settings:
     declared = impl.declared
     return Settings(
@@ -68,18 +62,6 @@ def supported(impl: Implementation) -> Settings:
         compression_loss=declared.compression_losses[0],
         norm_first=declared.norms[0] == "pre",
     )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """The tests of train.py that take processes of their own begin with the session, in a thread,
-    and are done when their turn comes."""
-    items = [item for item in request.session.items if "test_in_processes" in item.name]
-    if not items:
-        yield {}
-        return
-    names = {item.callspec.params["name"] for item in items}
-    yield from items[0].module.start_processes(names, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(autouse=True)

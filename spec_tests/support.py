@@ -36,6 +36,14 @@ torch_random = TorchRandom()
 hypothesis.register_random(torch_random)
 
 
+def prepare(profile: str, seed: int, dtype: torch.dtype) -> None:
+    """Set up a process that is to test."""
+    torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
+    torch.set_default_dtype(dtype)
+    hypothesis.settings.load_profile(profile)
+    torch_random.shift = seed
+
+
 class Case(NamedTuple):
     """A model's settings and the lengths of the segments that it is fed."""
 

@@ -10,6 +10,9 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +41,12 @@ def run(*options: object, cwd: Path, command: tuple = (sys.executable, TRAIN)):
     words = [str(word) for word in (*command, *options)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=env, timeout=300)
+
+
+@contextmanager
+def empty_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
 
 
 @pytest.fixture
@@ -230,34 +239,40 @@ def test_the_default_text_is_the_standard_library(here):
     assert size > 1_000_000
 
 
-def a_terminal_shows_one_live_line(folder: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals on this system")
+@pytest.mark.elsewhere
+def test_a_terminal_shows_one_live_line():
     """Under a pseudo-terminal, as the script command of a user would give it."""
-    pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
-    leader, follower = pty.openpty()
-    size = struct.pack("HHHH", 24, 50, 0, 0)  # fewer columns than a line needs
-    pytest.importorskip("fcntl").ioctl(follower, pytest.importorskip("termios").TIOCSWINSZ, size)
-    (folder / "text").write_bytes(TEXT)
-    command = [sys.executable, str(TRAIN), "--data", "text", *TINY, "--steps", "40"]
-    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    process = subprocess.Popen(command, cwd=folder, stdout=follower, stderr=follower, env=env)
-    os.close(follower)
-    shown = b""
-    while True:
-        try:
-            part = os.read(leader, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        shown += part
-    os.close(leader)
-    assert process.wait() == 0
-    lines = shown.decode().split("\r\n")
-    live = [line for line in lines if "step 40/40" in line]
-    assert len(live) == 1
-    _, *updates = live[0].replace("\x1b[K", "").split("\r")
-    assert len(updates) == live[0].count("\x1b[K") == 40
-    assert max(map(len, updates)) == 49  # one more would begin another line
+    with empty_folder() as folder:
+        import fcntl
+        import pty
+        import termios
+
+        leader, follower = pty.openpty()
+        size = struct.pack("HHHH", 24, 50, 0, 0)  # fewer columns than a line needs
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, size)
+        (folder / "text").write_bytes(TEXT)
+        command = [sys.executable, str(TRAIN), "--data", "text", *TINY, "--steps", "40"]
+        env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+        process = subprocess.Popen(command, cwd=folder, stdout=follower, stderr=follower, env=env)
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                part = os.read(leader, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not part:
+                break
+            shown += part
+        os.close(leader)
+        assert process.wait() == 0
+        lines = shown.decode().split("\r\n")
+        live = [line for line in lines if "step 40/40" in line]
+        assert len(live) == 1
+        _, *updates = live[0].replace("\x1b[K", "").split("\r")
+        assert len(updates) == live[0].count("\x1b[K") == 40
+        assert max(map(len, updates)) == 49  # one more would begin another line
 
 
 @pytest.mark.parametrize(
@@ -306,19 +321,23 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert (tmp_path / "taken/metrics.jsonl").read_text() == "precious"
 
 
-def a_refusal_ends_the_process_with_status_2_and_no_traceback(folder: Path) -> None:
-    (folder / "text").write_bytes(TEXT)
-    refused(run("--data", "text", "--n-heads", 3, cwd=folder), "d_model must be divisible by")
-    assert [path.name for path in folder.iterdir()] == ["text"]
+@pytest.mark.elsewhere
+def test_a_refusal_ends_the_process_with_status_2_and_no_traceback():
+    with empty_folder() as folder:
+        (folder / "text").write_bytes(TEXT)
+        refused(run("--data", "text", "--n-heads", 3, cwd=folder), "d_model must be divisible by")
+        assert [path.name for path in folder.iterdir()] == ["text"]
 
 
-def help_tells_every_option(folder: Path) -> None:
+@pytest.mark.elsewhere
+def test_help_tells_every_option():
     """Without docstrings, too."""
-    result = run("--help", cwd=folder, command=(sys.executable, "-OO", TRAIN))
-    assert result.returncode == 0
-    for name in api.Config.__dataclass_fields__.keys() - {"vocab_size", "bptt"}:
-        assert f"--{name.replace('_', '-')} " in result.stdout
-    assert result.stdout.count("(default: ") >= 24
+    with empty_folder() as folder:
+        result = run("--help", cwd=folder, command=(sys.executable, "-OO", TRAIN))
+        assert result.returncode == 0
+        for name in api.Config.__dataclass_fields__.keys() - {"vocab_size", "bptt"}:
+            assert f"--{name.replace('_', '-')} " in result.stdout
+        assert result.stdout.count("(default: ") >= 24
 
 
 def test_tiny_shakespeare_is_refused_without_network(tmp_path: Path, here, monkeypatch):

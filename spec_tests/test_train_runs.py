@@ -1,8 +1,4 @@
-"""Long runs of train.py: what is killed, stopped, damaged or spread over processes.
-
-What needs processes of its own runs in a thread from the start of the session on, beside the other
-tests; the tests at the end wait for it.
-"""
+"""Long runs of train.py: what is killed, stopped, damaged or spread over processes."""
 
 import math
 import os
@@ -11,8 +7,7 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 import train as trainer
 
 from . import test_train
-from .test_train import TEXT, TINY, TRAIN, records, refused, run
+from .test_train import TEXT, TINY, TRAIN, empty_folder, records, refused, run
 from .train_kill import result, same
 
 here = test_train.here  # fixtures
@@ -484,35 +479,42 @@ def test_a_step_on_cuda_waits_for_nothing(text: Path, here, monkeypatch):
 # --------------------------------------------------------------------------- processes of their own
 
 
-def killed_runs_end_as_one_left_alone(folder: Path) -> None:
-    command = [sys.executable, "-m", "spec_tests.train_kill", "--times", "5"]
-    done = subprocess.run(command, cwd=TRAIN.parent, capture_output=True, text=True, timeout=600)
+@pytest.mark.elsewhere
+def test_killed_runs_end_as_one_left_alone():
+    command = (sys.executable, "-m", "spec_tests.train_kill", "--times", 5)
+    done = run(cwd=TRAIN.parent, command=command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("5 kills, ")
     assert done.stdout.endswith("every run ended bitwise as one that was left alone\n")
 
 
-def signals_of_a_user_reach_the_process(folder: Path) -> None:
-    (folder / "text").write_bytes(TEXT)
-    command = [sys.executable, TRAIN, "--data", "text", *TINY, "--out", "run", "--steps", "100000"]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=-1, text=True)
-    for line in process.stdout:
-        if line.startswith("step "):
-            break
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate()[1]
-    assert process.returncode == 130, errors
-    assert errors.startswith("train.py: stopped after step ") and errors.count("\n") == 1
+@pytest.mark.elsewhere
+def test_signals_of_a_user_reach_the_process():
+    with empty_folder() as folder:
+        (folder / "text").write_bytes(TEXT)
+        options = ["--data", "text", *TINY, "--out", "run", "--steps", "100000"]
+        command = [sys.executable, TRAIN, *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=folder, **pipes)
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate()[1]
+        assert process.returncode == 130, errors
+        assert errors.startswith("train.py: stopped after step ") and errors.count("\n") == 1
 
 
-def a_limit_of_the_system_on_files_is_one_line_too(folder: Path) -> None:
-    (folder / "text").write_bytes(TEXT)
-    limit = f"ulimit -f 1000; exec {sys.executable} {TRAIN} --data text --out run --steps 4"
-    refused(
-        run(cwd=folder, command=("sh", "-c", limit)),
-        "run/checkpoint.pt could not be written: File too large",
-    )
-    assert list((folder / "run").iterdir()) == []
+@pytest.mark.elsewhere
+def test_a_limit_of_the_system_on_files_is_one_line_too():
+    with empty_folder() as folder:
+        (folder / "text").write_bytes(TEXT)
+        limit = f"ulimit -f 1000; exec {sys.executable} {TRAIN} --data text --out run --steps 4"
+        refused(
+            run(cwd=folder, command=("sh", "-c", limit)),
+            "run/checkpoint.pt could not be written: File too large",
+        )
+        assert list((folder / "run").iterdir()) == []
 
 
 # In float32 the order of a sum matters: AdamW makes a step as large of a gradient that is rounding.
@@ -520,29 +522,31 @@ MANY = [*TINY, "--dtype", "float64", "--batch-size", 8, "--steps", 50, "--mem-le
 MANY += ["--c-mem-len", 6, "--compression-rate", 4, "--segment", 6]
 
 
-def processes_train_as_one(folder: Path) -> None:
+@pytest.mark.elsewhere
+def test_processes_train_as_one():
     """Memory fills for three segments, so that the first step compresses nothing and has no
     gradient for f_c. With four processes, layers run again in the backward pass."""
-    (folder / "text").write_bytes(TEXT)
-    options = ["--data", "text", *MANY]
-    assert run(*options, "--out", "one", cwd=folder).returncode == 0
-    expected = result(folder / "one")[1]
-    for processes, more in ((2, []), (4, ["--recompute"])):
-        out = f"run{processes}"
-        command = (*TORCHRUN, processes, TRAIN)
-        done = run(*options, *more, "--out", out, cwd=folder, command=command)
-        assert done.returncode == 0, done.stderr
-        assert "find_unused_parameters" not in done.stderr
-        assert done.stdout.count("results in") == done.stdout.count("val_bpc=") == 1
-        assert farthest(folder / "one", folder / out) < 1e-6
-        found = result(folder / out)[1]
-        assert len(found) == len(expected) == 50
-        assert expected[0]["compression_loss"] == 0 < expected[4]["compression_loss"]
-        for a, b in zip(expected, found, strict=True):
-            for name in ("bpc", "compression_loss", "gradient_norm", "lr"):
-                assert abs(a[name] - b[name]) < 1e-6
-    score = run("--resume", "run4", "--eval-only", cwd=folder).stdout
-    assert score == f"val_bpc={done.stdout.split('val_bpc=')[1].split()[0]}\n"
+    with empty_folder() as folder:
+        (folder / "text").write_bytes(TEXT)
+        options = ["--data", "text", *MANY]
+        assert run(*options, "--out", "one", cwd=folder).returncode == 0
+        expected = result(folder / "one")[1]
+        for processes, more in ((2, []), (4, ["--recompute"])):
+            out = f"run{processes}"
+            command = (*TORCHRUN, processes, TRAIN)
+            done = run(*options, *more, "--out", out, cwd=folder, command=command)
+            assert done.returncode == 0, done.stderr
+            assert "find_unused_parameters" not in done.stderr
+            assert done.stdout.count("results in") == done.stdout.count("val_bpc=") == 1
+            assert farthest(folder / "one", folder / out) < 1e-6
+            found = result(folder / out)[1]
+            assert len(found) == len(expected) == 50
+            assert expected[0]["compression_loss"] == 0 < expected[4]["compression_loss"]
+            for a, b in zip(expected, found, strict=True):
+                for name in ("bpc", "compression_loss", "gradient_norm", "lr"):
+                    assert abs(a[name] - b[name]) < 1e-6
+        score = run("--resume", "run4", "--eval-only", cwd=folder).stdout
+        assert score == f"val_bpc={done.stdout.split('val_bpc=')[1].split()[0]}\n"
 
 
 LATE = """import os, sys, time
@@ -566,65 +570,37 @@ train.main()
 """
 
 
-def one_process_killed_or_stopped_ends_all_and_they_go_on_exactly(folder: Path) -> None:
-    (folder / "text").write_bytes(TEXT)
-    options = "--steps 12 --dropout 0.1 --save-every 3 --batch-size 4".split()
-    options = ["--data", "text", *TINY, *options]
-    script = folder / "patched.py"
-    source = str(TRAIN.parent)
-    whole = run(*options, "--out", "whole", cwd=folder, command=(*TORCHRUN, 2, TRAIN))
-    assert whole.returncode == 0, whole.stderr
+@pytest.mark.elsewhere
+def test_one_process_killed_or_stopped_ends_all_and_they_go_on_exactly():
+    with empty_folder() as folder:
+        (folder / "text").write_bytes(TEXT)
+        options = "--steps 12 --dropout 0.1 --save-every 3 --batch-size 4".split()
+        options = ["--data", "text", *TINY, *options]
+        script = folder / "patched.py"
+        source = str(TRAIN.parent)
+        whole = run(*options, "--out", "whole", cwd=folder, command=(*TORCHRUN, 2, TRAIN))
+        assert whole.returncode == 0, whole.stderr
 
-    script.write_text(LATE.format(folder=source))
-    twice = run(*options, "--out", "whole", cwd=folder, command=(*TORCHRUN, 2, script))
-    assert twice.returncode != 0
-    ours = [line for line in twice.stderr.splitlines() if line.startswith("train.py: ")]
-    mend = "name a new folder, so that no run is lost"
-    assert ours == [f"train.py: --out whole is not empty: {mend}"]
+        script.write_text(LATE.format(folder=source))
+        twice = run(*options, "--out", "whole", cwd=folder, command=(*TORCHRUN, 2, script))
+        assert twice.returncode != 0
+        ours = [line for line in twice.stderr.splitlines() if line.startswith("train.py: ")]
+        mend = "name a new folder, so that no run is lost"
+        assert ours == [f"train.py: --out whole is not empty: {mend}"]
 
-    script.write_text(PATCHED.format(folder=source, step=7, number=int(signal.SIGKILL)))
-    killed = run(*options, "--out", "run", cwd=folder, command=(*TORCHRUN, 2, script))
-    assert killed.returncode != 0
-    assert torch.load(folder / "run/checkpoint.pt", weights_only=True)["step"] == 6
+        script.write_text(PATCHED.format(folder=source, step=7, number=int(signal.SIGKILL)))
+        killed = run(*options, "--out", "run", cwd=folder, command=(*TORCHRUN, 2, script))
+        assert killed.returncode != 0
+        assert torch.load(folder / "run/checkpoint.pt", weights_only=True)["step"] == 6
 
-    script.write_text(PATCHED.format(folder=source, step=8, number=int(signal.SIGTERM)))
-    stopped = run("--resume", "run", cwd=folder, command=(*TORCHRUN, 2, script))
-    again = f"to go on: torchrun --nproc-per-node 2 {script} --resume run\n"
-    assert f"train.py: stopped after step 8; {again}" in stopped.stderr
-    state = torch.load(folder / "run/checkpoint.pt", weights_only=True)
-    assert state["step"] == 8
-    assert [slots.shape[:2] for slots in state["memory"]] == [(2, 4), (2, 4)]  # of all rows
+        script.write_text(PATCHED.format(folder=source, step=8, number=int(signal.SIGTERM)))
+        stopped = run("--resume", "run", cwd=folder, command=(*TORCHRUN, 2, script))
+        again = f"to go on: torchrun --nproc-per-node 2 {script} --resume run\n"
+        assert f"train.py: stopped after step 8; {again}" in stopped.stderr
+        state = torch.load(folder / "run/checkpoint.pt", weights_only=True)
+        assert state["step"] == 8
+        assert [slots.shape[:2] for slots in state["memory"]] == [(2, 4), (2, 4)]  # of all rows
 
-    resumed = run("--resume", "run", cwd=folder, command=(*TORCHRUN, 2, TRAIN))
-    assert resumed.returncode == 0, resumed.stderr
-    assert same(result(folder / "run"), result(folder / "whole"))
-
-
-PROCESSES = [
-    one_process_killed_or_stopped_ends_all_and_they_go_on_exactly,
-    processes_train_as_one,
-    killed_runs_end_as_one_left_alone,
-    signals_of_a_user_reach_the_process,
-    a_limit_of_the_system_on_files_is_one_line_too,
-    test_train.a_terminal_shows_one_live_line,
-    test_train.a_refusal_ends_the_process_with_status_2_and_no_traceback,
-    test_train.help_tells_every_option,
-]
-
-
-def start_processes(names: set[str], folder: Path) -> Iterator[dict[str, Future]]:
-    """Begin with those of these names, one after another."""
-    futures = {}
-    with ThreadPoolExecutor(1) as pool:
-        for work in PROCESSES:
-            if work.__name__ in names:
-                place = folder / work.__name__
-                place.mkdir()
-                futures[work.__name__] = pool.submit(work, place)
-        yield futures
-        pool.shutdown(cancel_futures=True)
-
-
-@pytest.mark.parametrize("name", [work.__name__ for work in PROCESSES])
-def test_in_processes_of_their_own(processes: dict[str, Future], name: str):
-    processes[name].result()
+        resumed = run("--resume", "run", cwd=folder, command=(*TORCHRUN, 2, TRAIN))
+        assert resumed.returncode == 0, resumed.stderr
+        assert same(result(folder / "run"), result(folder / "whole"))

@@ -9,9 +9,8 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from ..conftest import prepare
-from ..report import rules_of
-from ..support import torch_random
+from .report import rules_of
+from .support import prepare, torch_random
 
 AT_A_TIME = min(4, os.cpu_count() or 1)
 
