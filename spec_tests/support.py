@@ -304,6 +304,8 @@ def filled(impl: Implementation, model: Any, settings: Settings, T: int, batch: 
             _, leave = evicted(impl.declared, settings, held)
             if fed >= reach and leave > 0:
                 return state
+            what = f"slots of memory after {fed} tokens, once {T} more join"
+            holds(fed < 10 * (reach + T), what, f"more than {settings.mem_len}", held)
             segment = tokens(settings, 1, T).expand(batch, T)
             state = impl.step(model, segment, state).state
             fed += T
