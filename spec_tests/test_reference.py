@@ -469,6 +469,32 @@ def stretch_by_parametrisation(layer: nn.Linear) -> None:
         layer.parametrizations.weight.original0.mul_(1.5)
 
 
+class Stretching(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.5 * super().forward(x)
+
+
+def of_a_subclass(layer: nn.Linear) -> nn.Linear:
+    linear = Stretching(layer.in_features, layer.out_features, bias=False)
+    linear.weight = layer.weight
+    return linear
+
+
+class Stretched(Tensor):
+    """A weight with a product of its own, as those of quantised or sharded layers."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is not F.linear:
+            return super().__torch_function__(func, types, args, kwargs)
+        x, weight, bias = args
+        return 1.5 * func(x, weight.as_subclass(Tensor), bias)
+
+
+def stretch_weight(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Stretched))
+
+
 def with_bias(layer: nn.Linear) -> nn.Linear:
     biased = nn.Linear(layer.in_features, layer.out_features)
     biased.weight = layer.weight
@@ -496,6 +522,8 @@ CHANGES: dict[str, Callable[[nn.Linear], object]] = {
     "a backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(count),
     "a parametrisation": stretch_by_parametrisation,
     "a forward of its own": replace_forward,
+    "a class of its own": of_a_subclass,
+    "a weight of another kind": stretch_weight,
     "a bias": with_bias,
 }
 
@@ -633,6 +661,7 @@ def test_losses_and_weights_of_a_step_are_those_of_its_layers(more: dict):
         assert all(map(torch.equal, step.memory.mem, [output.mem for output in outputs]))
         assert all(map(torch.equal, step.memory.c_mem, [output.c_mem for output in outputs]))
         assert torch.equal(step.logits, model.logits(model.norm(h)))
+        assert set(model(segment, memory).attention_weights) == {None}
         memory = step.memory
     assert len(set(alone.tolist())) == (1 if "most_used" in more.values() else len(model.layers))
 
