@@ -1,12 +1,15 @@
 """Right implementations of another design: `compressive.py`, changed as a whole, with what it then
 has to declare."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..adapters import reference
 
+SOURCE = Path(reference.compressive.__file__).read_text()
+FOR_SPEED = SOURCE[SOURCE.index("class FasterAttention(") : SOURCE.index("class Compression(")]
 READ = "attended, weights = self.attention(x, c_mem, mem, positions, need_weights or by_use)"
 REMEMBER = "self.remember(x, mem, c_mem, weights)"
 COUNT = "n = -(-overflow // compression_rate)"
@@ -115,7 +118,10 @@ VARIANTS = {
     "the plain attention alone, without what is there for speed": (
         {},
         (),
-        (("self.attention = FasterAttention(", "self.attention = RelativeMultiHeadAttention("),),
+        (
+            (FOR_SPEED, ""),
+            ("self.attention = FasterAttention(", "self.attention = RelativeMultiHeadAttention("),
+        ),
     ),
 }
 
