@@ -126,7 +126,8 @@ def relative_shift(scores: Tensor) -> Tensor:
 
 
 def causal_softmax(scores: Tensor) -> Tensor:
-    """Attention weights from scores `[..., T, S]`: from query t the tokens after t are hidden."""
+    """Attention weights from scores `[..., T, S]`, which it changes: from query t the tokens after
+    t are hidden."""
     T, S = scores.shape[-2:]
     future = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1)
     with torch.no_grad():  # in place, unseen by autograd: softmax sends no gradient there
@@ -151,9 +152,10 @@ def relative_attention(
     S - 1, ..., 0, -1, and the biases u and v `[H, K]`, for any H -> what the heads find,
     `[H, B, T, K]`, and the weights, `[H, B, T, S]`.
     """
-    scale = q.size(-1) ** -0.5  # applied to the queries, which are the fewest numbers
-    q_content = scale * q + scale * content_bias[:, None, None]
-    q_position = scale * q + scale * position_bias[:, None, None]
+    scale = q.size(-1) ** -0.5
+    q = scale * q  # here, and not at the scores, which are more numbers
+    q_content = q + scale * content_bias[:, None, None]
+    q_position = q + scale * position_bias[:, None, None]
     content = torch.einsum("hbtk,hbsk->hbts", q_content, k)
     by_distance = torch.einsum("hbtk,hnk->hbtn", q_position, r)
     position = relative_shift(by_distance)
@@ -167,18 +169,24 @@ class RelativeMultiHeadAttention(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        K = d_model // n_heads
+        D = d_model
+        H = n_heads
         self.n_heads = n_heads
-        self.query = nn.Linear(d_model, d_model, bias=False)
-        self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
-        self.relative_key = nn.Linear(d_model, d_model, bias=False)  # W_R
-        self.content_bias = nn.Parameter(torch.zeros(n_heads, K))  # u
-        self.position_bias = nn.Parameter(torch.zeros(n_heads, K))  # v
+        self.query = nn.Linear(D, D, bias=False)
+        self.key_value = nn.Linear(D, 2 * D, bias=False)
+        self.relative_key = nn.Linear(D, D, bias=False)  # W_R
+        self.content_bias = nn.Parameter(torch.zeros(H, D // H))  # u
+        self.position_bias = nn.Parameter(torch.zeros(H, D // H))  # v
         self.dropout = nn.Dropout(dropout)  # of the weights
-        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.output = nn.Linear(D, D, bias=False)
 
     def forward(
-        self, x: Tensor, c_mem: Tensor, mem: Tensor, positions: Tensor, need_weights: bool = False
+        self,
+        x: Tensor,
+        c_mem: Tensor,
+        mem: Tensor,
+        positions: Tensor,
+        need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `x [B, T, D]` to `c_mem [B, C, D]`, `mem [B, M, D]` and to x itself up to
         one's own position -> `[B, T, D]`, and the weights `[B, H, T, S]` if needed.
@@ -187,16 +195,20 @@ class RelativeMultiHeadAttention(nn.Module):
         `relative_shift` wastes.
         """
         q, k, v, r = self.project(x, [c_mem, mem, x], positions)
-        biases = (self.content_bias, self.position_bias)
-        found, weights = relative_attention(q, k, v, r, *biases, self.dropout)
-        return self.merge(found), weights.transpose(0, 1) if need_weights else None
+        found, weights = relative_attention(
+            q, k, v, r, self.content_bias, self.position_bias, self.dropout
+        )
+        output = self.merge(found)
+        if not need_weights:
+            return output, None
+        return output, weights.transpose(0, 1)
 
     def project(self, x: Tensor, slots: list[Tensor], positions: Tensor) -> list[Tensor]:
         """Queries, keys, values and W_R R, as `relative_attention` takes them."""
         q = self.heads(self.query(x)).contiguous()  # or both products would copy it
         # One by one: the memories need no gradient, and in one product all slots would get one.
-        kv = [self.keys_and_values(self.key_value(part)) for part in slots]
-        k, v = torch.cat(kv, dim=-2)
+        parts = [self.keys_and_values(self.key_value(part)) for part in slots]
+        k, v = torch.cat(parts, dim=-2)
         r = self.heads(self.relative_key(positions))
         return [q, k, v, r]
 
@@ -230,7 +242,12 @@ class FasterAttention(RelativeMultiHeadAttention):
     SCORES_AT_ONCE = 2**21
 
     def forward(
-        self, x: Tensor, c_mem: Tensor, mem: Tensor, positions: Tensor, need_weights: bool = False
+        self,
+        x: Tensor,
+        c_mem: Tensor,
+        mem: Tensor,
+        positions: Tensor,
+        need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         if need_weights:
             return super().forward(x, c_mem, mem, positions, need_weights)
@@ -706,8 +723,7 @@ class CompressiveTransformer(nn.Module):
         `eval()` first. Raises as `forward` does.
         """
         check_input(self, prompt, memory)
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+        check_sampling(max_new_tokens, temperature, top_k)
         remembers = self.config.mem_len + self.config.c_mem_len > 0
         tokens = prompt
         fed = prompt
@@ -733,17 +749,13 @@ def sample(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Tensor:
     """One token for each row, from its logits: `[B, vocab_size] -> [B, 1]`."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if top_k is None:
-        top_k = logits.size(-1)
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    kept = logits.float().topk(min(top_k, logits.size(-1)))
-    weights = (kept.values / temperature).softmax(dim=-1)
-    choice = torch.multinomial(weights, 1, generator=generator)
+    logits = logits.float() / temperature
+    if top_k is None:
+        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    kept = logits.topk(min(top_k, logits.size(-1)))
+    choice = torch.multinomial(kept.values.softmax(dim=-1), 1, generator=generator)
     return kept.indices.gather(-1, choice)
 
 
@@ -801,7 +813,7 @@ def check_input(model: CompressiveTransformer, tokens: Tensor, memory: Memory | 
     for name, layers in zip(Memory._fields, memory, strict=True):
         if len(layers) != L:
             raise ValueError(f"memory.{name} must have {L} layers, got {len(layers)}")
-        expected = [tokens.size(0), layers[0].size(1), weight.size(1)]
+        expected = [tokens.size(0), *layers[0].shape[1:2], weight.size(1)]
         for i, slots in enumerate(layers):
             where = f"memory.{name}[{i}]"
             shape = list(slots.shape)
@@ -811,3 +823,13 @@ def check_input(model: CompressiveTransformer, tokens: Tensor, memory: Memory | 
                 raise TypeError(f"{where} must have dtype {weight.dtype}, got {slots.dtype}")
             if slots.device != weight.device:
                 raise ValueError(f"{where} must have device {weight.device}, got {slots.device}")
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+    """Raise ValueError for what `generate` cannot work with."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1 or None, got {top_k}")

@@ -46,6 +46,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from compressive import RelativeMultiHeadAttention  # noqa: E402
 from spec_tests.adapter import Settings  # noqa: E402
 from spec_tests.implementation import Implementation, Slots, Unusable, load  # noqa: E402
 
@@ -84,7 +85,8 @@ class Subject:
         recompute: bool = False,
     ) -> None:
         torch.manual_seed(0)
-        self.impl: Implementation = load(f"spec_tests.adapters.{name}")
+        adapter = "reference" if name == "plain" else name
+        self.impl: Implementation = load(f"spec_tests.adapters.{adapter}")
         self.name = name
         self.settings = settings
         self.batch = batch
@@ -92,6 +94,9 @@ class Subject:
         model: nn.Module = self.impl.adapter.build(settings)
         if name == "reference":
             model.config = replace(model.config, recompute=recompute)
+        if name == "plain":
+            for layer in model.layers:
+                layer.attention.__class__ = RelativeMultiHeadAttention
         if name == "lucidrains":  # it has no option for the width
             module = importlib.import_module(type(model).__module__)
             for layer in model.ff_layers:
@@ -146,7 +151,7 @@ class Subject:
         """Of generating so many tokens."""
         state = self.full(1)
         token = self.tokens(1, 1)
-        if self.name == "reference":
+        if self.name in ("reference", "plain"):
             generate = partial(self.model.generate, token, count, temperature=0, memory=state)
             return self.clock(generate, count)
         if self.name == "labml":
@@ -289,7 +294,7 @@ def peak(name: str, args: argparse.Namespace, dtype: str, settings: Settings, ba
     def resident() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-    load(f"spec_tests.adapters.{name}")
+    load("spec_tests.adapters.reference" if name == "plain" else f"spec_tests.adapters.{name}")
     before = resident()
     subject = Subject(name, settings, batch, args.device, dtype, recompute=args.recompute)
     for _ in range(3):
@@ -411,17 +416,21 @@ def main() -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--compile", action="store_true", help="torch.compile the models in training")
     add("--recompute", action="store_true", help="train the reference with Config.recompute")
+    add("--plain", action="store_true", help="beside the reference without FasterAttention, too")
     add("--rounds", type=int, default=5, help="turns of each implementation")
     add("--seconds", type=float, default=1.0, help="of a turn, about")
     args = parser.parse_args()
-    names = ["reference"]
+    peers = []
     for peer in PEERS:
         try:
             load(f"spec_tests.adapters.{peer}")
-            names.append(peer)
+            peers.append(peer)
         except Unusable as error:
             print(f"{peer} is left out: {error}")
-    print(conditions(args, names[1:]))
+    names = ["reference", *peers]
+    if args.plain:
+        names.insert(1, "plain")
+    print(conditions(args, peers))
     for name in args.tables:
         table(name, args, names)
 
