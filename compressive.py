@@ -109,12 +109,12 @@ def sinusoid(distance: Tensor, d_model: int) -> Tensor:
 
 
 def relative_shift(scores: Tensor) -> Tensor:
-    """Line the scores by distance up with the slots: `[..., T, S + 1] -> [..., T, S]`, no copy.
+    """Transformer-XL's relative shift, without a copy: `[..., T, S + 1] -> [..., T, S]`.
 
-    Column p comes in as distance S - 1 - p, the last one (distance -1) as padding. Query t needs
-    distance 0 in column S - T + t: row t moves left by T - 1 - t. Read on from the first row's
-    shift with rows one shorter, and every row starts one further right than the row above. T = 3,
-    S = 4, digits for distances:
+    Column p comes in as distance S - 1 - p; the last column is padding. Query t needs distance 0 in
+    column S - T + t, so row t must move left by T - 1 - t. Drop the first T - 1 numbers and cut
+    what follows into rows of S instead of S + 1: every row then starts one further right than the
+    row above. T = 3, S = 4, digits for distances:
 
         3 2 1 0 .        1 0 . 3      What follows a distance 0 is rubbish (the padding, then the
         3 2 1 0 .   ->   2 1 0 .      next row), and harmless: there stand the tokens after t,
@@ -130,9 +130,9 @@ def causal_softmax(scores: Tensor) -> Tensor:
     t are hidden."""
     T, S = scores.shape[-2:]
     future = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1)
-    with torch.no_grad():  # in place, unseen by autograd: softmax sends no gradient there
+    with torch.no_grad():  # in place saves a copy; autograd need not know: no gradient comes there
         scores[..., S - T :].masked_fill_(future, -math.inf)
-    return scores.softmax(dim=-1, dtype=scores.dtype)  # bfloat16 stays so under autocast
+    return scores.softmax(dim=-1, dtype=scores.dtype)  # autocast would make it float32
 
 
 def relative_attention(
@@ -148,20 +148,19 @@ def relative_attention(
 
         score(t, j) = [ (q_t + u) . k_j  +  (q_t + v) . W_R R_(t-j) ] / sqrt(K)
 
-    `q [H, B, T, K]`, `k` and `v [H, B, S, K]`, `r [H, S + 1, K]`, which is W_R R of the distances
-    S - 1, ..., 0, -1, and the biases u and v `[H, K]`, for any H -> what the heads find,
+    `q [H, B, T, K]`; `k` and `v [H, B, S, K]`; `r [H, S, K]`, W_R R of the distances S - 1, ..., 0;
+    the biases `[H, K]` are the paper's u and v. H may be some of the heads -> what they read,
     `[H, B, T, K]`, and the weights, `[H, B, T, S]`.
     """
     scale = q.size(-1) ** -0.5
-    q = scale * q  # here, and not at the scores, which are more numbers
-    q_content = q + scale * content_bias[:, None, None]
-    q_position = q + scale * position_bias[:, None, None]
+    q_content = scale * (q + content_bias[:, None, None])
+    q_position = scale * (q + position_bias[:, None, None])
     content = torch.einsum("hbtk,hbsk->hbts", q_content, k)
+    r = F.pad(r, (0, 0, 0, 1))  # one row of zeros: the column of padding for relative_shift
     by_distance = torch.einsum("hbtk,hnk->hbtn", q_position, r)
     position = relative_shift(by_distance)
     weights = causal_softmax(content + position)
-    found = dropout(weights) @ v
-    return found, weights
+    return dropout(weights) @ v, weights
 
 
 class RelativeMultiHeadAttention(nn.Module):
@@ -183,32 +182,34 @@ class RelativeMultiHeadAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        c_mem: Tensor,
         mem: Tensor,
+        c_mem: Tensor,
         positions: Tensor,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `x [B, T, D]` to `c_mem [B, C, D]`, `mem [B, M, D]` and to x itself up to
-        one's own position -> `[B, T, D]`, and the weights `[B, H, T, S]` if needed.
-
-        `positions [S + 1, D]` is the `sinusoid` of the distances S - 1, ..., 0 and of -1, which
-        `relative_shift` wastes.
-        """
-        q, k, v, r = self.project(x, [c_mem, mem, x], positions)
-        found, weights = relative_attention(
-            q, k, v, r, self.content_bias, self.position_bias, self.dropout
-        )
-        output = self.merge(found)
+        one's own position -> `[B, T, D]`, and the weights `[B, H, T, S]` if needed. `positions
+        [S, D]` is the `sinusoid` of the distances S - 1, ..., 0."""
+        slots = [c_mem, mem, x]  # oldest first
+        read, weights = self.attend(x, slots, positions, need_weights)
+        output = self.output(read.movedim(0, 2).flatten(2))
         if not need_weights:
             return output, None
         return output, weights.transpose(0, 1)
 
+    def attend(
+        self, x: Tensor, slots: list[Tensor], positions: Tensor, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the heads read, `[H, B, T, K]`, and the weights `[H, B, T, S]`."""
+        q, k, v, r = self.project(x, slots, positions)
+        return relative_attention(q, k, v, r, self.content_bias, self.position_bias, self.dropout)
+
     def project(self, x: Tensor, slots: list[Tensor], positions: Tensor) -> list[Tensor]:
         """Queries, keys, values and W_R R, as `relative_attention` takes them."""
-        q = self.heads(self.query(x)).contiguous()  # or both products would copy it
+        q = self.heads(self.query(x)).contiguous()  # else each of its two products copies it
         # One by one: the memories need no gradient, and in one product all slots would get one.
         parts = [self.keys_and_values(self.key_value(part)) for part in slots]
-        k, v = torch.cat(parts, dim=-2)
+        k, v = torch.cat(parts, dim=-2)  # [2, H, B, S, K]
         r = self.heads(self.relative_key(positions))
         return [q, k, v, r]
 
@@ -221,10 +222,6 @@ class RelativeMultiHeadAttention(nn.Module):
         """`[B, N, 2*D] -> [2, H, B, N, K]`."""
         return kv.unflatten(-1, (2, self.n_heads, -1)).permute(2, 3, 0, 1, 4)
 
-    def merge(self, found: Tensor) -> Tensor:
-        """`[H, B, T, K] -> [B, T, D]`, through the output projection."""
-        return self.output(found.movedim(0, 2).flatten(2))
-
 
 # --------------------------------------------------- for speed alone: all works without it, too
 
@@ -235,32 +232,24 @@ class FasterAttention(RelativeMultiHeadAttention):
 
     - With fewer queries than a head is wide, as in generation: products are associative, so that
       q (W k) is (q W) k, W is applied to the queries, and no slot has to be projected.
-    - On a CPU, heads are taken in groups, whose scores its caches hold. What is larger would also
-      come as fresh pages from the system every time, and they cost more than the products.
+    - On a CPU, a few heads at a time, so that their scores stay in its cache, and the allocator
+      uses one small buffer again instead of mapping fresh pages.
     """
 
-    SCORES_AT_ONCE = 2**21
+    SCORES_AT_ONCE = 2**21  # 8 MB in float32
 
-    def forward(
-        self,
-        x: Tensor,
-        c_mem: Tensor,
-        mem: Tensor,
-        positions: Tensor,
-        need_weights: bool = False,
+    def attend(
+        self, x: Tensor, slots: list[Tensor], positions: Tensor, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        if need_weights:
-            return super().forward(x, c_mem, mem, positions, need_weights)
-        slots = [c_mem, mem, x]
         few = x.size(1) < x.size(2) // self.n_heads
-        if few and is_bare(self.key_value) and is_bare(self.relative_key):
-            found = self.attend_to_slots(x, slots, positions)
-        else:
-            found = self.attend_in_groups(*self.project(x, slots, positions))
-        return self.merge(found), None
+        if need_weights:
+            return super().attend(x, slots, positions, need_weights)
+        if few and is_plain_linear(self.key_value) and is_plain_linear(self.relative_key):
+            return self.attend_to_slots(x, slots, positions), None
+        return self.attend_in_groups(*self.project(x, slots, positions)), None
 
     def attend_to_slots(self, x: Tensor, slots: list[Tensor], positions: Tensor) -> Tensor:
-        """`relative_attention` in which queries go through W_k to the slots, and what they find
+        """`relative_attention` in which queries go through W_k to the slots, and what they read
         there through W_v."""
         B, T, D = x.shape
         H = self.n_heads
@@ -271,10 +260,11 @@ class FasterAttention(RelativeMultiHeadAttention):
         q = self.heads(self.query(x)).flatten(1, 2)  # [H, B*T, K]
         q_content = scale * (q + self.content_bias[:, None])
         q_position = scale * (q + self.position_bias[:, None])
-        if B * T < K:
+        if B * T < K:  # the cheaper order, with few queries
             by_distance = q_position @ w_r @ positions.mT
         else:
             by_distance = q_position @ (w_r @ positions.mT)
+        by_distance = F.pad(by_distance, (0, 1))
         position = relative_shift(by_distance.view(H, B, T, -1))
         q_rows = self.rows_first(q_content @ w_k, B)
         content_rows = torch.cat([q_rows @ part.mT for part in slots], dim=-1)  # [B, H*T, S]
@@ -282,11 +272,10 @@ class FasterAttention(RelativeMultiHeadAttention):
         weights = self.dropout(causal_softmax(position + content))
         lengths = [part.size(1) for part in slots]
         weights_of_parts = self.rows_first(weights, B).split(lengths, dim=-1)
-        found_rows = 0
-        for part_weights, part in zip(weights_of_parts, slots, strict=True):
-            found_rows = found_rows + part_weights @ part  # [B, H*T, D]
-        found = found_rows.view(B, H, T, D).transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
-        return (found @ w_v.mT).view(H, B, T, K)
+        pairs = zip(weights_of_parts, slots, strict=True)
+        read_rows = sum(part_weights @ part for part_weights, part in pairs)  # [B, H*T, D]
+        read = read_rows.view(B, H, T, D).transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
+        return (read @ w_v.mT).view(H, B, T, K)
 
     def rows_first(self, x: Tensor, B: int) -> Tensor:
         """`[H, B*T, N]` or `[H, B, T, N] -> [B, H*T, N]`."""
@@ -300,24 +289,24 @@ class FasterAttention(RelativeMultiHeadAttention):
             group = max(1, self.SCORES_AT_ONCE // scores_of_a_head)
         of_all_heads = (q, k, v, r, self.content_bias, self.position_bias)
         split = [part.split(group) for part in of_all_heads]
-        found = []
+        read = []
         for of_some_heads in zip(*split, strict=True):
-            some_found, _ = relative_attention(*of_some_heads, self.dropout)
-            found.append(some_found)
-        return torch.cat(found)
+            some_read, _ = relative_attention(*of_some_heads, self.dropout)
+            read.append(some_read)
+        return torch.cat(read)
 
 
-def is_bare(layer: nn.Module) -> bool:
+def is_plain_linear(layer: nn.Module) -> bool:
     """Whether calling the layer is its weight's product and no more: no adapter, hook, bias,
     parametrisation, or weight of another kind (quantised, sharded)."""
     if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
         return False
-    own = vars(layer)
-    hooks = [name for name in own if name.endswith("_hooks") and own[name]]
-    return layer.bias is None and "forward" not in own and not hooks
+    attributes = vars(layer)
+    hooks = [name for name in attributes if name.endswith("_hooks") and attributes[name]]
+    return layer.bias is None and "forward" not in attributes and not hooks
 
 
-# ------------------------------------------------------------- compression functions (section 3)
+# ----------------------------------------------------------- compression functions (section 3.2)
 
 
 class Compression(nn.Module):
@@ -452,7 +441,7 @@ def update_memory(
     The arguments are not changed and nothing is detached. `compress` must take any multiple of c;
     it gets too few memories, and the functions above say so, if mem_len < c - 1.
     """
-    held = torch.cat([mem, h], dim=1)  # [B, M + T, D]
+    held = torch.cat([mem, h], dim=1)  # [B, M + T, D]; the paper lets the oldest leave before
     overflow = max(0, held.size(1) - mem_len)
     if c_mem_len == 0:
         n = 0
@@ -460,16 +449,17 @@ def update_memory(
     else:
         n = -(-overflow // compression_rate)  # rounded up
         leaving = n * compression_rate
-    old = held[:, : n * compression_rate]
+    old = held[:, : n * compression_rate]  # line 8
     compressed = old
     if n > 0:
-        compressed = compress(old)
-        c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)
-    forgotten = max(0, c_mem.size(1) - c_mem_len)
-    return MemoryUpdate(held[:, leaving:], c_mem[:, forgotten:], old, compressed)
+        compressed = compress(old)  # line 9
+        c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)  # under autocast bfloat16
+    next_mem = held[:, leaving:]  # line 10
+    next_c_mem = c_mem[:, max(0, c_mem.size(1) - c_mem_len) :]  # line 11
+    return MemoryUpdate(next_mem, next_c_mem, old, compressed)
 
 
-# ---------------------------------------------------------------- compression losses (section 3.1)
+# ---------------------------------------------------------------- compression losses (section 3.2)
 
 
 def attention_reconstruction_loss(
@@ -482,18 +472,19 @@ def attention_reconstruction_loss(
     if old.size(1) == 0:
         return compressed.new_zeros(())
 
-    def attend(q: Tensor, kv: Tensor) -> Tensor:  # by content alone, without mask or dropout
+    def attend(q: Tensor, kv: Tensor) -> Tensor:  # line 6: by content alone, no mask, no dropout
         k, v = attention.keys_and_values(kv)
         scores = (q.size(-1) ** -0.5 * q) @ k.mT
         return scores.softmax(dim=-1, dtype=scores.dtype) @ v
 
-    with torch.no_grad():
+    with torch.no_grad():  # lines 3 to 5: h, old_mem, Q, K and V are constant
         q = attention.heads(attention.query(h))
         target = attend(q, attention.key_value(old))
-    # The layer is called, whatever it has become (by an adapter, say), with constant parameters.
+    # Line 5 for new_cm: its gradient passes through K and V and does not reach them. The layer is
+    # called, and its weight not used, since it may have become another (an adapter, quantised).
     constants = {name: p.detach() for name, p in attention.key_value.named_parameters()}
     kv = functional_call(attention.key_value, constants, (compressed,))
-    return F.mse_loss(attend(q, kv), target)
+    return F.mse_loss(attend(q, kv), target)  # line 8
 
 
 class Decompression(nn.Module):
@@ -537,7 +528,7 @@ class LayerOutput(NamedTuple):
 
 class CompressiveTransformerLayer(nn.Module):
     """Attention over both memories, feed-forward, and the memory of the layer's own inputs: one
-    turn of Algorithm 1's loop over layers."""
+    turn of the loop over layers, lines 5 to 12 of Algorithm 1."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -553,7 +544,7 @@ class CompressiveTransformerLayer(nn.Module):
         self.compress = COMPRESSIONS[config.compression](D, config.compression_rate)  # f_c
         self.decompress = None  # g
         self.compression_loss = "none"
-        if any(True for _ in self.compress.parameters()):  # pooling has nothing to train
+        if list(self.compress.parameters()):  # pooling and most-used have nothing to train
             self.compression_loss = config.compression_loss
         if self.compression_loss == "autoencoding":
             self.decompress = Decompression(D, config.compression_rate)
@@ -567,17 +558,17 @@ class CompressiveTransformerLayer(nn.Module):
         need_loss: bool = True,
         need_weights: bool = False,
     ) -> LayerOutput:
-        """`h [B, T, D]`, `mem [B, M, D]`, `c_mem [B, C, D]`, `positions [S + 1, D]` (those of
+        """`h [B, T, D]`, `mem [B, M, D]`, `c_mem [B, C, D]`, `positions [S, D]` (those of
         `RelativeMultiHeadAttention`). A loss that is not needed is zero."""
         x = h  # what attention reads is what memory keeps
         if self.config.norm_first:
             x = self.attention_norm(h)
-        by_use = isinstance(self.compress, MostUsedCompression)
-        attended, weights = self.attention(x, c_mem, mem, positions, need_weights or by_use)
+        most_used = isinstance(self.compress, MostUsedCompression)
+        attended, weights = self.attention(x, mem, c_mem, positions, need_weights or most_used)
         if self.config.norm_first:
             h = h + self.dropout(attended)
             h = h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
-        else:
+        else:  # lines 7 and 12
             h = self.attention_norm(h + self.dropout(attended))
             h = self.feed_forward_norm(h + self.dropout(self.feed_forward(h)))
         update = self.remember(x, mem, c_mem, weights)
@@ -587,7 +578,7 @@ class CompressiveTransformerLayer(nn.Module):
     def remember(
         self, x: Tensor, mem: Tensor, c_mem: Tensor, attention_weights: Tensor | None
     ) -> MemoryUpdate:
-        """The memories of the next step, and what became of those that left."""
+        """Lines 8 to 11: the memories of the next step, and what became of those that left."""
         compress = self.compress
         if isinstance(compress, MostUsedCompression):
             usage = compress.usage(attention_weights, mem.size(1) + x.size(1))
@@ -605,7 +596,7 @@ class CompressiveTransformerLayer(nn.Module):
             c_mem_len=self.config.c_mem_len,
             compression_rate=self.config.compression_rate,
         )
-        if not self.config.bptt:  # nor to f_c: of it, the loss alone sees the gradient
+        if not self.config.bptt:  # nor to f_c through its slots, which the next step reads
             update = update._replace(c_mem=update.c_mem.detach())
         return update
 
@@ -615,8 +606,8 @@ class CompressiveTransformerLayer(nn.Module):
         compressed = update.compressed
         if self.compression_loss == "none":
             return x.new_zeros(())
-        if self.config.bptt:  # both depend on other parameters: compress constants
-            old = old.detach()
+        if self.config.bptt:  # old has a graph: compressed again as a constant, or the loss would
+            old = old.detach()  # train the layers that made it, too
             compressed = self.compress(old)
         if self.compression_loss == "autoencoding":
             return autoencoding_loss(self.decompress, old, compressed)
@@ -630,7 +621,8 @@ class CompressiveTransformer(nn.Module):
     """The language model: embedding, layers, (pre-norm) a last normalisation, and logits.
 
     The memory is the caller's: `forward` takes one and returns the next, changing nothing in place.
-    Keep it, drop it (None starts afresh), or store it.
+    Keep it, drop it (None starts afresh), or store it (cloned: it may be part of longer tensors).
+    Initialised as torch does; embedding and logits are not tied.
     """
 
     def __init__(self, config: Config) -> None:
@@ -685,7 +677,7 @@ class CompressiveTransformer(nn.Module):
         h = self.dropout(self.embedding(tokens))
         S = c_mem[0].size(1) + mem[0].size(1) + tokens.size(1)
         dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 cannot count to 257
-        distance = torch.arange(S - 1, -2, -1, dtype=dtype, device=h.device)  # to -1: attention's
+        distance = torch.arange(S - 1, -1, -1, dtype=dtype, device=h.device)
         positions = sinusoid(distance, self.config.d_model).to(h.dtype)
         outputs = []
         for layer, m, cm in zip(self.layers, mem, c_mem, strict=True):
@@ -724,24 +716,25 @@ class CompressiveTransformer(nn.Module):
         """
         check_input(self, prompt, memory)
         check_sampling(max_new_tokens, temperature, top_k)
-        remembers = self.config.mem_len + self.config.c_mem_len > 0
+        has_memory = self.config.mem_len + self.config.c_mem_len > 0
         tokens = prompt
-        fed = prompt
-        if remembers:
-            *segments, fed = prompt.split(max(self.config.mem_len, 512), dim=1)
-            for segment in segments:
-                memory = self(segment, memory, need_loss=False).memory
+        segment = prompt
+        if has_memory:
+            *prefill, segment = prompt.split(max(self.config.mem_len, 512), dim=1)
+            for part in prefill:
+                memory = self(part, memory, need_loss=False).memory
         for _ in range(max_new_tokens):
-            output = self(fed, memory, need_loss=False)
-            new = sample(output.logits[:, -1], temperature, top_k, generator).to(tokens.dtype)
-            tokens = torch.cat([tokens, new], dim=1)
+            output = self(segment, memory, need_loss=False)
+            logits = output.logits[:, -1]
+            next_token = sample(logits, temperature, top_k, generator).to(tokens.dtype)
+            tokens = torch.cat([tokens, next_token], dim=1)
             if stream is not None:
-                stream(new)
-            if remembers:
-                fed = new
+                stream(next_token)
+            if has_memory:
+                segment = next_token
                 memory = output.memory
             else:
-                fed = tokens
+                segment = tokens
         return tokens
 
 

@@ -59,6 +59,7 @@ SETTINGS = {
     "enwik8": (256, 1024, 8, 3072, 8, 768, 768, 1152, 3, 8),  # the paper's width; for CUDA
 }
 PEERS = ("labml", "lucidrains")
+DTYPES = ("float32", "bfloat16")
 LENGTHS = (256, 1024, 4096, 16384)  # mem_len + c_mem_len
 
 
@@ -381,7 +382,7 @@ def table(name: str, args: argparse.Namespace, names: list[str]) -> None:
     }
     header("settings", "dtype", *columns[name])
     for setting in args.settings:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in args.dtypes:
             row(setting, dtype, *afresh(globals()[name], args, names, setting, dtype))
 
 
@@ -413,6 +414,7 @@ def main() -> None:
     add = parser.add_argument
     add("--tables", nargs="+", choices=TITLES, default=list(TITLES))
     add("--settings", nargs="+", choices=SETTINGS, default=["seed", "small", "medium", "long"])
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--compile", action="store_true", help="torch.compile the models in training")
     add("--recompute", action="store_true", help="train the reference with Config.recompute")

@@ -351,7 +351,7 @@ def test_dropout_drops_in_training_alone():
 @pytest.mark.parametrize("dropout", [{}, {"dropout": 0.5}])
 def test_attention_weights_drop_out_if_asked(kind: str, queries: int, dropout: dict[str, float]):
     attention = getattr(api, kind)(8, 2, **dropout)
-    x, positions = torch.randn(2, queries, 8), reference.adapter.sinusoid(queries + 1, 8)
+    x, positions = torch.randn(2, queries, 8), reference.adapter.sinusoid(queries, 8)
     inputs = x, x[:, :0], x[:, :0], positions
     outputs = [attention(*inputs, need_weights=True) for _ in range(2)]
     assert torch.equal(outputs[0][1], outputs[1][1])  # the weights handed out are whole
@@ -393,7 +393,7 @@ def attentions(d_model: int, n_heads: int, **settings: float) -> tuple[nn.Module
 def results(attention: nn.Module, parts: list[Tensor], **options: bool) -> list[Tensor]:
     """An attention's output, from a seed of its own, and its gradients."""
     S = sum(part.size(1) for part in parts)
-    positions = api.sinusoid(torch.arange(S - 1.0, -2, -1), parts[0].size(2))
+    positions = api.sinusoid(torch.arange(S - 1.0, -1, -1), parts[0].size(2))
     torch.manual_seed(7)
     output, weights = attention(*parts, positions, **options)
     assert (weights is not None) == bool(options)
@@ -648,7 +648,7 @@ def test_losses_and_weights_of_a_step_are_those_of_its_layers(more: dict):
         step = model(segment, memory, need_weights=True)
         before = model.initial_memory(2) if memory is None else memory
         S = before.c_mem[0].size(1) + before.mem[0].size(1) + 6
-        positions = api.sinusoid(torch.arange(S - 1.0, -2, -1), 8)
+        positions = api.sinusoid(torch.arange(S - 1.0, -1, -1), 8)
         h, outputs = model.embedding(segment), []
         for layer, mem, c_mem in zip(model.layers, *before, strict=True):
             outputs.append(layer(h, mem, c_mem, positions, need_weights=True))

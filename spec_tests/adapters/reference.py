@@ -95,7 +95,7 @@ class Adapter:
 
     def layers(self, model: nn.Module, h: Tensor, state: Any) -> tuple[Tensor, Any, list[Tensor]]:
         S = state.c_mem[0].size(1) + state.mem[0].size(1) + h.size(1)
-        positions = self.module.sinusoid(torch.arange(S - 1.0, -2, -1), h.size(2))
+        positions = self.module.sinusoid(torch.arange(S - 1.0, -1, -1), h.size(2))
         attention: list[Tensor] = []
         slots = []
         for layer, mem, c_mem in zip(model.layers, *state, strict=True):

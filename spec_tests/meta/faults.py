@@ -16,13 +16,13 @@ def fault(rule: str, what: str, *changes: str) -> Fault:
 
 
 MASK = "scores[..., S - T :].masked_fill_(future, -math.inf)"
-READ = "attended, weights = self.attention(x, c_mem, mem, positions, need_weights or by_use)"
+READ = "attended, weights = self.attention(x, mem, c_mem, positions, need_weights or most_used)"
 REMEMBER = "self.remember(x, mem, c_mem, weights)"
 OLD = "old = held[:, : n * compression_rate]"
 LEAVING = "leaving = n * compression_rate"
 STAYS = "held[:, leaving:]"
 JOIN = "c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)"
-CUT = "forgotten = max(0, c_mem.size(1) - c_mem_len)"
+CUT = "c_mem[:, max(0, c_mem.size(1) - c_mem_len) :]"
 COUNT = "n = -(-overflow // compression_rate)"
 OVERFLOW = "overflow = max(0, held.size(1) - mem_len)"
 EMBED = "h = self.dropout(self.embedding(tokens))"
@@ -34,7 +34,8 @@ TURN = "for layer, m, cm in zip(self.layers, mem, c_mem, strict=True):"
 LOSS = "return attention_reconstruction_loss(self.attention, x, old, compressed)"
 QUERIES = "        q = attention.heads(attention.query(h))\n"
 TARGET = "        target = attend(q, attention.key_value(old))\n"
-HELD = "    with torch.no_grad():\n" + QUERIES + TARGET
+NO_GRAD = "    with torch.no_grad():  # lines 3 to 5: h, old_mem, Q, K and V are constant\n"
+HELD = NO_GRAD + QUERIES + TARGET
 CALLED = "constants, (compressed,))"
 MEAN = "Memory(mem, c_mem), losses.mean()"
 LAYERS = "self.norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()"
@@ -75,15 +76,15 @@ FAULTS = [
     fault(
         "ATT-3",
         "distances are counted from 1",
-        "torch.arange(S - 1, -2, -1, dtype",
-        "torch.arange(S, -1, -1, dtype",
+        "torch.arange(S - 1, -1, -1, dtype",
+        "torch.arange(S, 0, -1, dtype",
     ),
     fault(
         "ATT-3",
         "distances are counted from full memories",
-        "distance = torch.arange(S - 1, -2, -1,",
+        "distance = torch.arange(S - 1, -1, -1,",
         "N = self.config.mem_len + self.config.c_mem_len + tokens.size(1)\n        "
-        "distance = torch.arange(N - 1, N - 2 - S, -1,",
+        "distance = torch.arange(N - 1, N - 1 - S, -1,",
     ),
     fault(
         "ATT-3", "cosines before sines", "[angle.sin(), angle.cos()]", "[angle.cos(), angle.sin()]"
@@ -91,8 +92,8 @@ FAULTS = [
     fault(
         "ATT-3",
         "no content bias",
-        "scale * content_bias[:, None, None]",
-        "0 * content_bias[:, None, None]",
+        "(q + content_bias[:, None, None])",
+        "(q + 0 * content_bias[:, None, None])",
         "(q + self.content_bias[:, None])",
         "(q + 0 * self.content_bias[:, None])",
     ),
@@ -105,13 +106,13 @@ FAULTS = [
     fault(
         "ATT-3",
         "no position bias but for few queries",
-        "scale * position_bias[:, None, None]",
-        "0 * position_bias[:, None, None]",
+        "(q + position_bias[:, None, None])",
+        "(q + 0 * position_bias[:, None, None])",
     ),
     fault(
         "ATT-3",
         "a bias is not scaled",
-        "scale * q + scale * content_bias[:, None, None]",
+        "scale * (q + content_bias[:, None, None])",
         "scale * q + content_bias[:, None, None]",
         "scale * (q + self.content_bias[:, None])",
         "scale * q + self.content_bias[:, None]",
@@ -135,7 +136,7 @@ FAULTS = [
         "ATT-5",
         "memory is normalised again when it is read",
         READ,
-        READ.replace("c_mem, mem", "self.attention_norm(c_mem), self.attention_norm(mem)"),
+        READ.replace("mem, c_mem", "self.attention_norm(mem), self.attention_norm(c_mem)"),
     ),
     fault(
         "ATT-5",
@@ -149,8 +150,8 @@ FAULTS = [
     fault(
         "ATT-6",
         "rows and heads mixed up",
-        "found.movedim(0, 2).flatten(2)",
-        "found.movedim(0, 2).reshape(found.size(2), found.size(1), -1).transpose(0, 1)",
+        "read.movedim(0, 2).flatten(2)",
+        "read.movedim(0, 2).reshape(read.size(2), read.size(1), -1).transpose(0, 1)",
     ),
     # ---------------------------------------------------------------------------------- memory
     fault(
@@ -177,7 +178,7 @@ FAULTS = [
         "MEM-1",
         "memory before compressed memory",
         READ,
-        READ.replace("c_mem, mem", "mem, c_mem"),
+        READ.replace("mem, c_mem", "c_mem, mem"),
     ),
     fault(
         "MEM-2",
@@ -217,7 +218,7 @@ FAULTS = [
     fault(
         "MEM-3",
         "the newest compressed slots are forgotten",
-        "c_mem[:, forgotten:]",
+        CUT,
         "c_mem[:, :c_mem_len]",
     ),
     fault(
@@ -288,7 +289,7 @@ FAULTS = [
         "MEM-6",
         "new slots are read at once, where memory is full",
         READ,
-        "like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0) - 1) if by_use else None\n        early = self.remember(x, mem, c_mem, like).c_mem\n        "
+        "like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0)) if most_used else None\n        early = self.remember(x, mem, c_mem, like).c_mem\n        "
         + READ.replace("c_mem,", "early if early.shape == c_mem.shape else c_mem,"),
     ),
     fault("MEM-7", "outputs are stored", REMEMBER, REMEMBER.replace("(x,", "(h,")),
@@ -321,15 +322,15 @@ FAULTS = [
         "a full memory loses its oldest slot",
         READ,
         READ.replace(
-            "c_mem, mem",
-            "c_mem, torch.cat([mem[:, :1] * (mem.size(1) < self.config.mem_len), mem[:, 1:]], dim=1)",
+            "x, mem,",
+            "x, torch.cat([mem[:, :1] * (mem.size(1) < self.config.mem_len), mem[:, 1:]], dim=1),",
         ),
     ),
     fault(
         "MEM-9",
         "memory is not read in segments of one",
         READ,
-        READ.replace("c_mem, mem", "c_mem * (x.size(1) > 1), mem * (x.size(1) > 1)"),
+        READ.replace("mem, c_mem", "mem * (x.size(1) > 1), c_mem * (x.size(1) > 1)"),
     ),
     # ------------------------------------------------------------------- compression functions
     fault(
@@ -414,7 +415,7 @@ FAULTS = [
         TARGET,
         TARGET[4:],
     ),
-    fault("LOSS-1", "the block is not held constant", "            old = old.detach()\n", ""),
+    fault("LOSS-1", "the block is not held constant", "old = old.detach()", "pass"),
     fault(
         "LOSS-1",
         "the compressed slots are held constant",
@@ -448,8 +449,8 @@ FAULTS = [
     fault(
         "LOSS-2",
         "no gradient through the values",
-        "found = dropout(weights) @ v",
-        "found = dropout(weights) @ v.detach()",
+        "return dropout(weights) @ v, weights",
+        "return dropout(weights) @ v.detach(), weights",
         "@ w_v.mT",
         "@ w_v.detach().mT",
     ),

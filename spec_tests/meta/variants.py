@@ -10,7 +10,7 @@ from ..adapters import reference
 
 SOURCE = Path(reference.compressive.__file__).read_text()
 FOR_SPEED = SOURCE[SOURCE.index("class FasterAttention(") : SOURCE.index("class Compression(")]
-READ = "attended, weights = self.attention(x, c_mem, mem, positions, need_weights or by_use)"
+READ = "attended, weights = self.attention(x, mem, c_mem, positions, need_weights or most_used)"
 REMEMBER = "self.remember(x, mem, c_mem, weights)"
 COUNT = "n = -(-overflow // compression_rate)"
 LEAVING = "leaving = n * compression_rate"
@@ -44,7 +44,7 @@ VARIANTS = {
             ("x = h  # what attention reads", "raw = h\n        x = h  # what attention reads"),
             (
                 READ,
-                READ.replace("c_mem, mem", "self.attention_norm(c_mem), self.attention_norm(mem)"),
+                READ.replace("mem, c_mem", "self.attention_norm(mem), self.attention_norm(c_mem)"),
             ),
             (REMEMBER, REMEMBER.replace("(x,", "(raw,")),
             (
@@ -62,16 +62,16 @@ VARIANTS = {
         ("weights",),
         (
             (
-                "self.output = nn.Linear(d_model, d_model, bias=False)",
-                "self.output = nn.Linear(d_model, d_model, bias=False)\n"
-                "        self.other = nn.Linear(d_model, 2 * d_model, bias=False)",
+                "self.output = nn.Linear(D, D, bias=False)",
+                "self.output = nn.Linear(D, D, bias=False)\n"
+                "        self.other = nn.Linear(D, 2 * D, bias=False)",
             ),
             (
                 "[self.keys_and_values(self.key_value(part)) for part in slots]",
                 "[self.other(slots[0]), *(self.key_value(part) for part in slots[1:])]\n"
-                "        kv = [self.keys_and_values(part) for part in kv]",
+                "        parts = [self.keys_and_values(part) for part in parts]",
             ),
-            ("if few and is_bare(self.key_value)", "if False and is_bare(self.key_value)"),
+            ("if few and is_plain_linear(self.key_value)", "if False"),
         ),
     ),
     "what c does not divide is filled up with zeros": (
