@@ -381,7 +381,8 @@ class Training:
         (loss + output.compression_loss).backward()
         norms = []
         for group in self.model.parameter_groups():  # jointly, either would scale the other down
-            norms.append(nn.utils.clip_grad_norm_(group, 1.0))
+            norm = nn.utils.clip_grad_norm_(group, 1.0)
+            norms.append(norm.to(args.device, non_blocking=True))  # without gradients on the CPU
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(args, self.step)
         self.optimizer.step()
