@@ -155,11 +155,12 @@ def relative_attention(
     scale = q.size(-1) ** -0.5
     q_content = scale * (q + content_bias[:, None, None])
     q_position = scale * (q + position_bias[:, None, None])
-    content = torch.einsum("hbtk,hbsk->hbts", q_content, k)
+    content = q_content @ k.mT  # [H, B, T, S]
     r = F.pad(r, (0, 0, 0, 1))  # one row of zeros: the column of padding for relative_shift
     by_distance = torch.einsum("hbtk,hnk->hbtn", q_position, r)
     position = relative_shift(by_distance)
-    weights = causal_softmax(content + position)
+    scores = content.add_(position)  # in place: one tensor of this size less
+    weights = causal_softmax(scores)
     return dropout(weights) @ v, weights
 
 
