@@ -203,16 +203,29 @@ class RelativeMultiHeadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """What the heads read, `[H, B, T, K]`, and the weights `[H, B, T, S]`."""
         q, k, v, r = self.project(x, slots, positions)
-        return relative_attention(q, k, v, r, self.content_bias, self.position_bias, self.dropout)
+        return relative_attention(
+            q,
+            k,
+            v,
+            r,
+            self.content_bias,
+            self.position_bias,
+            self.dropout,
+        )
 
-    def project(self, x: Tensor, slots: list[Tensor], positions: Tensor) -> list[Tensor]:
+    def project(
+        self,
+        x: Tensor,
+        slots: list[Tensor],
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys, values and W_R R, as `relative_attention` takes them."""
         q = self.heads(self.query(x)).contiguous()  # else each of its two products copies it
         # One by one: the memories need no gradient, and in one product all slots would get one.
         parts = [self.keys_and_values(self.key_value(part)) for part in slots]
         k, v = torch.cat(parts, dim=-2)  # [2, H, B, S, K]
         r = self.heads(self.relative_key(positions))
-        return [q, k, v, r]
+        return q, k, v, r
 
     def heads(self, x: Tensor) -> Tensor:
         """`[..., N, D] -> [H, ..., N, K]`: with the heads before the rows, one product for each
