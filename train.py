@@ -453,8 +453,9 @@ class Training:
     def restore(self, state: dict) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["memory"] is not None:
-            of_rows = [slots.chunk(WORLD_SIZE, dim=1)[RANK] for slots in state["memory"]]
-            mem, c_mem = (slots.to(self.args.device) for slots in of_rows)
+            mem, c_mem = state["memory"]  # of all processes' rows, [L, B, N, D] each
+            mem = mem.chunk(WORLD_SIZE, dim=1)[RANK].to(self.args.device)
+            c_mem = c_mem.chunk(WORLD_SIZE, dim=1)[RANK].to(self.args.device)
             self.memory = Memory(tuple(mem), tuple(c_mem))
         self.losses.copy_(state["losses"])
         for name in ("step", "at", "recorded", "seconds"):
@@ -585,7 +586,7 @@ def draw(out: Path, title: str) -> str:
     loss.set(title="training loss", xlabel="step", ylabel="bits per character")
     compression.plot(steps, [record["compression_loss_of_layers"] for record in records])
     compression.set(title="compression loss of each layer", xlabel="step", ylabel="mean square")
-    compression.legend([f"layer {i + 1}" for i in range(len(compression.lines))])
+    compression.legend(range(1, len(compression.lines) + 1), title="layer")
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     write_atomically(out / "run.png", picture.getbuffer())
