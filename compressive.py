@@ -203,15 +203,7 @@ class RelativeMultiHeadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """What the heads read, `[H, B, T, K]`, and the weights `[H, B, T, S]`."""
         q, k, v, r = self.project(x, slots, positions)
-        return relative_attention(
-            q,
-            k,
-            v,
-            r,
-            self.content_bias,
-            self.position_bias,
-            self.dropout,
-        )
+        return relative_attention(q, k, v, r, self.content_bias, self.position_bias, self.dropout)
 
     def project(
         self,
