@@ -2,30 +2,16 @@
 
 from importlib.util import find_spec
 
-import hypothesis
 import pytest
 
 from . import elsewhere
 from .adapter import Settings
 from .implementation import Implementation, Unusable, check_usable, load
 from .report import SpecReport
-from .support import fit, prepare, torch_random
+from .support import PROFILES, fit, prepare, torch_random
 
 REFERENCE = "spec_tests.adapters.reference"
-PROFILES = {"quick": 20, "default": 60, "thorough": 600}  # examples of a check
 collect_ignore = []
-
-for name, examples in PROFILES.items():
-    hypothesis.settings.register_profile(
-        name,
-        derandomize=True,  # a failure is the code's, never the draw's
-        deadline=None,  # machines differ
-        database=None,
-        max_examples=examples,
-        report_multiple_bugs=False,
-        phases=[hypothesis.Phase.generate] + [hypothesis.Phase.shrink] * (name != "quick"),
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

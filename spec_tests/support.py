@@ -35,6 +35,20 @@ class TorchRandom:
 torch_random = TorchRandom()
 hypothesis.register_random(torch_random)
 
+PROFILES = {"quick": 20, "default": 60, "thorough": 600}  # examples of a check
+
+for name, examples in PROFILES.items():
+    hypothesis.settings.register_profile(
+        name,
+        derandomize=True,  # a failure is the code's, never the draw's
+        deadline=None,  # machines differ
+        database=None,
+        max_examples=examples,
+        report_multiple_bugs=False,
+        phases=[hypothesis.Phase.generate] + [hypothesis.Phase.shrink] * (name != "quick"),
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+
 
 def prepare(profile: str, seed: int, dtype: torch.dtype) -> None:
     """Set up a process that is to test."""
