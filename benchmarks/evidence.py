@@ -20,7 +20,6 @@ import os
 import platform
 import random
 import re
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -36,6 +34,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks.evidence_report import write  # noqa: E402
 from compressive import CompressiveTransformer, Config, Output  # noqa: E402
 from train import find_text  # noqa: E402
 
@@ -59,22 +58,15 @@ class Job:
 SEGMENT = 32
 RATE = 4  # c
 
-# What an arm changes in Config. Sixty-four slots each, but for the ceiling.
-XL = "Transformer-XL, 64 slots"
-XL_CEILING = "Transformer-XL, 160 slots"
-CONV = "convolution, attention loss"
+# What an arm changes in the settings. Sixty-four slots each; the ceiling alone has more.
 RECALL_ARMS = {
-    XL: {"mem_len": 64, "c_mem_len": 0},
-    XL_CEILING: {"mem_len": 160, "c_mem_len": 0},
-    CONV: {},
+    "Transformer-XL, 64 slots": {"mem_len": 64, "c_mem_len": 0},
+    "Transformer-XL, 160 slots": {"mem_len": 160, "c_mem_len": 0},
+    "convolution, attention loss": {},
     "convolution, auto-encoding loss": {"compression_loss": "autoencoding"},
     "convolution, never trained": {"compression_loss": "none"},
     "convolution, BPTT alone": {"compression_loss": "none", "bptt": True},
     "dilated convolution, attention loss": {"compression": "dilated_conv"},
-    "dilated convolution, auto-encoding loss": {
-        "compression": "dilated_conv",
-        "compression_loss": "autoencoding",
-    },
     "most-used": {"compression": "most_used"},
     "mean pooling": {"compression": "mean_pool"},
     "max pooling": {"compression": "max_pool"},
@@ -86,9 +78,7 @@ TEXT_ARMS = {
     "Compressive, 48 + 48": {"mem_len": 48, "c_mem_len": 48},
     "Compressive, 64 + 32": {"mem_len": 64, "c_mem_len": 32},
 }
-COMPRESSIVE_TEXT_ARMS = list(TEXT_ARMS)[1:]
 TEXTS = ("stdlib", "tinyshakespeare")
-TEXT_LAYERS = 2
 PARTS = ("recall", "text")
 
 
@@ -110,7 +100,7 @@ def recall_job(arm: str, changes: dict, seed: int, steps: int) -> Job:
     config = {
         "vocab_size": VOCABULARY,
         "d_model": 64,
-        "n_heads": 4,
+        "n_heads": 8,
         "n_layers": 2,
         "d_ff": 256,
         "mem_len": 32,
@@ -131,7 +121,7 @@ def text_job(data: str, arm: str, changes: dict, seed: int, steps: int) -> Job:
         "vocab_size": 256,
         "d_model": 128,
         "n_heads": 4,
-        "n_layers": TEXT_LAYERS,
+        "n_layers": 2,
         "d_ff": 512,
         "compression_rate": RATE,
         **changes,
@@ -279,6 +269,8 @@ def measure_recall(model: CompressiveTransformer) -> dict:
     right = logits[..., ANSWER:].argmax(dim=-1)[asked] + ANSWER == targets[asked]
     count = FURTHEST // BIN
     return {
+        "values": VALUES,
+        "bin": BIN,
         "asked": bins.bincount(minlength=count).tolist(),
         "right": bins[right].bincount(minlength=count).tolist(),
     }
@@ -316,6 +308,7 @@ def measure_text(model: CompressiveTransformer, data: bytes) -> dict:
     if model.config.c_mem_len > 0:
         beginnings = tokens[:, :4096]
         result["bpc_of_c_mem_len"] = bpc_of_c_mem_len(model, beginnings)
+        result["age_bin"] = AGE_BIN
         result["attention"] = attention_by_age(model, beginnings)
     return result
 
@@ -443,358 +436,6 @@ def run_all(jobs: list[Job], path: Path, processes: int) -> dict[Job, dict]:
     return done
 
 
-# ----------------------------------------------------------------------------------------- tables
-
-# Of Student's distribution, by the number of values less one: 95% lie within so many errors.
-T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-PAPER = {  # bits per character on enwik8, Table 5
-    CONV: 0.973,
-    "dilated convolution, attention loss": 0.977,
-    "most-used": 0.980,
-    "mean pooling": 0.982,
-    "convolution, auto-encoding loss": 0.984,
-    "max pooling": 0.986,
-    "convolution, BPTT alone": 0.996,
-}
-RECALL_EDGES = (0, 16, 32, 64, 96, 128, 160, 192, 256, 384, 640)
-RECALL_PICTURE = (XL_CEILING, CONV, "convolution, auto-encoding loss", XL)
-END = "<!-- end -->"
-BEYOND = (96, 160)  # further than 64 slots and a segment reach, as far as 32 + 4 * 32 do
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95% interval, over the seeds."""
-    count = len(values)
-    if count < 2:
-        return values[0], math.nan
-    return statistics.mean(values), T95[count - 1] * statistics.stdev(values) / math.sqrt(count)
-
-
-def shown(values: list[float], digits: int) -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
-
-
-def signed(values: list[float], digits: int) -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def differences(values: list[float], of: list[float]) -> list[float]:
-    """Seed by seed."""
-    return [value - other for value, other in zip(values, of, strict=True)]
-
-
-class Results:
-    """What the finished jobs found, by part, text and arm: one record a seed, in their order."""
-
-    def __init__(self, done: dict[Job, dict]) -> None:
-        self.records = sorted(done.values(), key=lambda record: record["seed"])
-
-    def of(self, part: str, arm: str = "", data: str = "") -> list[dict]:
-        chosen = []
-        for record in self.records:
-            if record["part"] != part:
-                continue
-            if arm in ("", record["arm"]) and data in ("", record["data"]):
-                chosen.append(record)
-        return chosen
-
-
-def accuracy(record: dict, low: int, high: int) -> float:
-    """Of answers at distances from low to high."""
-    bins = slice(low // BIN, high // BIN)
-    return sum(record["right"][bins]) / max(1, sum(record["asked"][bins]))
-
-
-def accuracies(results: Results, arm: str, low: int, high: int) -> list[float]:
-    return [accuracy(record, low, high) for record in results.of("recall", arm)]
-
-
-def recall_table(results: Results) -> str:
-    ranges = list(zip(RECALL_EDGES, RECALL_EDGES[1:], strict=False))
-    rows = []
-    for arm in RECALL_ARMS:
-        cells = [shown(accuracies(results, arm, low, high), 2) for low, high in ranges]
-        rows.append([arm, *cells])
-    return table(["accuracy at distance", *(f"{low}-{high}" for low, high in ranges)], rows)
-
-
-def order_table(results: Results) -> str:
-    """The functions and losses in the order of the paper's Table 5, each compared seed by seed with
-    all that stand below it there."""
-    rows = []
-    arms = list(PAPER)
-    for place, arm in enumerate(arms):
-        values = accuracies(results, arm, *BEYOND)
-        better = 0
-        worse = 0
-        for other in arms[place + 1 :]:
-            gains = differences(values, accuracies(results, other, *BEYOND))
-            mean, error = mean_and_error(gains)
-            better += mean > error
-            worse += -mean > error
-        below = len(arms) - place - 1
-        undecided = below - better - worse
-        cells = [f"{PAPER[arm]:.3f}", shown(values, 2), str(better), str(worse), str(undecided)]
-        rows.append([arm, *cells])
-    low, high = BEYOND
-    header = ["", "bits per character, paper", f"accuracy at {low}-{high} here"]
-    header += ["of those below: worse here, too", "better here", "undecided"]
-    return table(header, rows)
-
-
-def bpcs(results: Results, data: str, arm: str) -> list[float]:
-    return [record["bpc"] for record in results.of("text", arm, data)]
-
-
-def bits_a_byte(results: Results, data: str, arm: str, bucket: str) -> list[float]:
-    values = []
-    for record in results.of("text", arm, data):
-        bits, count = record["words"][bucket]
-        values.append(bits / max(1, count))
-    return values
-
-
-def text_table(results: Results) -> str:
-    baseline = next(iter(TEXT_ARMS))
-    rows = []
-    for data in TEXTS:
-        of_baseline = bpcs(results, data, baseline)
-        for arm in TEXT_ARMS:
-            values = bpcs(results, data, arm)
-            gain = signed(differences(values, of_baseline), 4)
-            rows.append([data, arm, shown(values, 3), gain])
-    return table(["text", "arm", "bits per character", f"less {baseline}, seed by seed"], rows)
-
-
-def repeats_table(results: Results) -> str:
-    """Bits per byte of words, less those of the first arm, by how far back they stood last."""
-    baseline, *others = TEXT_ARMS
-    rows = []
-    for name in bucket_names():
-        cells = [name]
-        for data in TEXTS:
-            words = results.of("text", baseline, data)[0]["words"]
-            share = words[name][1] / sum(count for _, count in words.values())
-            cells.append(f"{share:.0%}")
-            for arm in others:
-                cells.append(signed(gains_on_words(results, data, arm, name), 3))
-        rows.append(cells)
-    header = ["bytes back"]
-    for data in TEXTS:
-        header += [f"{data}: share of words' bytes", *others]
-    return table(header, rows)
-
-
-def gains_on_words(results: Results, data: str, arm: str, bucket: str) -> list[float]:
-    baseline = next(iter(TEXT_ARMS))
-    of_baseline = bits_a_byte(results, data, baseline, bucket)
-    return differences(bits_a_byte(results, data, arm, bucket), of_baseline)
-
-
-def c_mem_len_gains(results: Results, data: str, arm: str, c_mem_len: int) -> list[float]:
-    trained = str(TEXT_ARMS[arm]["c_mem_len"])
-    gains = []
-    for record in results.of("text", arm, data):
-        bpc = record["bpc_of_c_mem_len"]
-        gains.append(bpc[str(c_mem_len)] - bpc[trained])
-    return gains
-
-
-def c_mem_len_table(results: Results) -> str:
-    """Tables 8 and 9: bits per character with another c_mem_len, less those with the trained."""
-    rows = []
-    for data in TEXTS:
-        for arm in COMPRESSIVE_TEXT_ARMS:
-            cells = []
-            for c_mem_len in C_MEM_LENS:
-                cells.append(signed(c_mem_len_gains(results, data, arm, c_mem_len), 3))
-            rows.append([data, arm, *cells])
-    return table(["text", "arm", *map(str, C_MEM_LENS)], rows)
-
-
-def attention_table(results: Results) -> str:
-    """Figure 2: does attention rise from the oldest memory to what is older and compressed?"""
-    rows = []
-    for data in TEXTS:
-        for arm in COMPRESSIVE_TEXT_ARMS:
-            records = results.of("text", arm, data)
-            newest = TEXT_ARMS[arm]["c_mem_len"] // AGE_BIN - 1  # bin of compressed memory
-            for layer in range(TEXT_LAYERS):
-                ages = [record["attention"][layer] for record in records]
-                compressed = [1000 * age[newest] for age in ages]
-                oldest = [1000 * age[newest + 1] for age in ages]
-                ratios = [a / b for a, b in zip(compressed, oldest, strict=True)]
-                cells = [shown(compressed, 2), shown(oldest, 2), shown(ratios, 2)]
-                rows.append([data, arm, str(layer + 1), *cells])
-    header = ["text", "arm", "layer", "newest compressed slots", "oldest memories", "ratio"]
-    return table(header, rows)
-
-
-def compression_loss_table(results: Results) -> str:
-    """Figure 6: the loss of each layer over the training."""
-    rows = []
-    for data in TEXTS:
-        for arm in COMPRESSIVE_TEXT_ARMS:
-            records = results.of("text", arm, data)
-            for layer in range(TEXT_LAYERS):
-                cells = []
-                for part in (1, 4, 9, 19):
-                    values = [record["compression_losses"][part][layer] for record in records]
-                    cells.append(shown(values, 4))
-                rows.append([data, arm, str(layer + 1), *cells])
-    header = ["text", "arm", "layer", "5-10% of the steps", "20-25%", "45-50%", "95-100%"]
-    return table(header, rows)
-
-
-def times_table(results: Results, part: str) -> str:
-    records = results.of(part)
-    seconds = sum(record["seconds"] for record in records)
-    seeds = len({record["seed"] for record in records})
-    machines = sorted({record["machine"] for record in records})
-    header = ["runs", "seeds", "minutes of one core", "processor"]
-    return table(
-        header, [[str(len(records)), str(seeds), f"{seconds / 60:.0f}", "; ".join(machines)]]
-    )
-
-
-def write_tables(results: Results, path: Path) -> None:
-    """Put each table between its marks; what else stands in the file is a reader's, and stays."""
-    tables: dict[str, str] = {}
-    if results.of("recall"):
-        tables["recall times"] = times_table(results, "recall")
-        tables["recall"] = recall_table(results)
-        tables["order"] = order_table(results)
-    if results.of("text"):
-        tables["text times"] = times_table(results, "text")
-        tables["text"] = text_table(results)
-        tables["repeats"] = repeats_table(results)
-        tables["c_mem_len"] = c_mem_len_table(results)
-        tables["attention"] = attention_table(results)
-        tables["compression loss"] = compression_loss_table(results)
-    text = path.read_text() if path.exists() else ""
-    for name, lines in tables.items():
-        mark = f"<!-- {name} -->\n"
-        if mark not in text:
-            text += f"\n{mark}{END}\n"
-        before, _, rest = text.partition(mark)
-        _, _, after = rest.partition(END)
-        text = f"{before}{mark}{lines}{END}{after}"
-    path.write_text(text)
-
-
-# --------------------------------------------------------------------------------------- pictures
-
-
-def draw_pictures(results: Results, out: Path) -> None:
-    try:
-        import matplotlib.figure
-    except ImportError:
-        print("no pictures: matplotlib is not installed")
-        return
-    if results.of("recall"):
-        figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
-        draw_recall(figure.subplots(), results)
-        figure.savefig(out / "recall.png", dpi=110)
-    if results.of("text"):
-        figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
-        for axes, data in zip(figure.subplots(1, 2, sharey=True), TEXTS, strict=True):
-            draw_repeats(axes, results, data)
-        figure.savefig(out / "repeats.png", dpi=110)
-        figure = matplotlib.figure.Figure(figsize=(11, 3.6), layout="constrained")
-        lengths, ages, losses = figure.subplots(1, 3)
-        draw_c_mem_len(lengths, results)
-        draw_attention(ages, results)
-        draw_compression_loss(losses, results)
-        figure.savefig(out / "memory.png", dpi=110)
-
-
-def draw_curve(axes: Any, x: list[float], of_x: list[list[float]], **style: Any) -> None:
-    """Means over seeds, and their 95% intervals as a band."""
-    pairs = [mean_and_error(values) for values in of_x]
-    means = [mean for mean, _ in pairs]
-    (line,) = axes.plot(x, means, **style)
-    low = [mean - error for mean, error in pairs]
-    high = [mean + error for mean, error in pairs]
-    axes.fill_between(x, low, high, alpha=0.2, linewidth=0, color=line.get_color())
-
-
-def draw_recall(axes: Any, results: Results) -> None:
-    width = 16
-    starts = range(0, 256, width)
-    middles = [start + width / 2 for start in starts]
-    for arm in RECALL_PICTURE:
-        of_starts = [accuracies(results, arm, start, start + width) for start in starts]
-        draw_curve(axes, middles, of_starts, label=arm)
-    axes.axhline(1 / VALUES, color="grey", linestyle=":", linewidth=1)
-    axes.text(1, 1 / VALUES + 0.01, "chance", color="grey", va="bottom")
-    for place, what in ((64, "64 slots end"), (160, "32 + 4 * 32 slots end")):
-        axes.axvline(place, color="grey", linestyle="--", linewidth=1)
-        axes.text(place + 1, 1.02, what, color="grey", va="bottom")
-    axes.set(xlabel="tokens since the value was written", ylabel="right answers", ylim=(0.15, 1.08))
-    axes.legend(loc="upper right")
-
-
-def draw_repeats(axes: Any, results: Results, data: str) -> None:
-    names = bucket_names()
-    for arm in COMPRESSIVE_TEXT_ARMS:
-        gains = [gains_on_words(results, data, arm, name) for name in names]
-        pairs = [mean_and_error(values) for values in gains]
-        means = [mean for mean, _ in pairs]
-        errors = [error for _, error in pairs]
-        axes.errorbar(range(len(names)), means, errors, marker="o", capsize=3, label=arm)
-    axes.axhline(0, color="grey", linewidth=1)
-    axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
-    axes.set(title=data, xlabel="bytes since the word stood last")
-    axes.set_ylabel("bits per byte, less Transformer-XL's")
-    axes.legend()
-
-
-def draw_c_mem_len(axes: Any, results: Results) -> None:
-    for data in TEXTS:
-        for arm in COMPRESSIVE_TEXT_ARMS:
-            gains = [c_mem_len_gains(results, data, arm, length) for length in C_MEM_LENS]
-            draw_curve(axes, list(C_MEM_LENS), gains, label=f"{data}, {arm}")
-    axes.set(title="bits per character, less the trained", xlabel="c_mem_len in evaluation")
-    axes.legend(fontsize=7)
-
-
-def draw_attention(axes: Any, results: Results) -> None:
-    """On the first text, by the first compressive arm."""
-    arm = COMPRESSIVE_TEXT_ARMS[0]
-    records = results.of("text", arm, TEXTS[0])
-    c_mem_len = TEXT_ARMS[arm]["c_mem_len"]
-    mem_len = TEXT_ARMS[arm]["mem_len"]
-    for layer in range(TEXT_LAYERS):
-        ages = [record["attention"][layer] for record in records]
-        of_bins = list(zip(*ages, strict=True))
-        middles = [AGE_BIN * (place + 0.5) for place in range(len(of_bins))]
-        draw_curve(axes, middles, of_bins, label=f"layer {layer + 1}")
-    for place in (c_mem_len, c_mem_len + mem_len):
-        axes.axvline(place, color="grey", linestyle="--", linewidth=1)
-    axes.set(title="attention's weight of a slot", yscale="log")
-    axes.set_xlabel("slot: compressed memory, memory, segment")
-    axes.legend(fontsize=7)
-
-
-def draw_compression_loss(axes: Any, results: Results) -> None:
-    records = results.of("text", COMPRESSIVE_TEXT_ARMS[0], TEXTS[0])
-    for layer in range(TEXT_LAYERS):
-        of_parts = []
-        for part in range(len(records[0]["compression_losses"])):
-            of_parts.append([record["compression_losses"][part][layer] for record in records])
-        middles = [5 * part + 2.5 for part in range(len(of_parts))]
-        draw_curve(axes, middles, of_parts, label=f"layer {layer + 1}")
-    axes.set(title="compression loss", xlabel="percent of the steps")
-    axes.legend(fontsize=7)
-
-
 # ------------------------------------------------------------------------------------------- main
 
 
@@ -813,9 +454,7 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         jobs = make_jobs(args.parts, args.quick)
         done = run_all(jobs, out / "evidence.jsonl", args.processes)
-        results = Results(done)
-        write_tables(results, out / "evidence.md")
-        draw_pictures(results, out)
+        write([done[job] for job in jobs], out)
     except KeyboardInterrupt:
         sys.exit("evidence.py: stopped; the same command goes on where it was")
     except OSError as error:
