@@ -52,6 +52,7 @@ class Job:
     steps: int  # of the optimiser
     batch_size: int
     segments: int  # in a step, through which gradients flow: more than one for bptt
+    measured: int  # tokens that it is measured on
     config: dict  # of the model
 
 
@@ -82,21 +83,21 @@ TEXTS = ("stdlib", "tinyshakespeare")
 PARTS = ("recall", "text")
 
 
-def make_jobs(parts: list[str], quick: bool) -> list[Job]:
+def make_jobs(parts: list[str], quick: bool, steps: int | None) -> list[Job]:
     """The arms of a seed stand together, so that a script that was stopped has whole seeds."""
     jobs = []
     for seed in range(2 if quick else 5):
         if "recall" in parts:
             for arm, changes in RECALL_ARMS.items():
-                jobs.append(recall_job(arm, changes, seed, steps=20 if quick else 3000))
+                jobs.append(recall_job(arm, changes, seed, quick, steps))
         if "text" in parts:
             for data in TEXTS:
                 for arm, changes in TEXT_ARMS.items():
-                    jobs.append(text_job(data, arm, changes, seed, steps=20 if quick else 2000))
+                    jobs.append(text_job(data, arm, changes, seed, quick, steps))
     return jobs
 
 
-def recall_job(arm: str, changes: dict, seed: int, steps: int) -> Job:
+def recall_job(arm: str, changes: dict, seed: int, quick: bool, steps: int | None) -> Job:
     config = {
         "vocab_size": VOCABULARY,
         "d_model": 64,
@@ -113,10 +114,20 @@ def recall_job(arm: str, changes: dict, seed: int, steps: int) -> Job:
     if config.get("bptt"):  # as many tokens in a step as the others, but of a longer stretch
         batch_size = 4
         segments = 4
-    return Job("recall", "", arm, seed, steps, batch_size, segments, config)
+    return Job(
+        part="recall",
+        data="",
+        arm=arm,
+        seed=seed,
+        steps=steps or (300 if quick else 3000),
+        batch_size=batch_size,
+        segments=segments,
+        measured=2**12 if quick else 2**17,
+        config=config,
+    )
 
 
-def text_job(data: str, arm: str, changes: dict, seed: int, steps: int) -> Job:
+def text_job(data: str, arm: str, changes: dict, seed: int, quick: bool, steps: int | None) -> Job:
     config = {
         "vocab_size": 256,
         "d_model": 128,
@@ -126,7 +137,17 @@ def text_job(data: str, arm: str, changes: dict, seed: int, steps: int) -> Job:
         "compression_rate": RATE,
         **changes,
     }
-    return Job("text", data, arm, seed, steps, 16, 1, config)
+    return Job(
+        part="text",
+        data=data,
+        arm=arm,
+        seed=seed,
+        steps=steps or (200 if quick else 2000),
+        batch_size=16,
+        segments=1,
+        measured=2**12 if quick else 2**16,
+        config=config,
+    )
 
 
 # ---------------------------------------------------------------------------------- one training
@@ -141,12 +162,13 @@ def run(job: Job) -> dict:
     if job.part == "recall":
         tokens, _, targets = recall_rows(job.seed, job.batch_size, job.steps * job.segments)
         train(model, tokens, targets, job)
-        result = measure_recall(model)
+        result = measure_recall(model, job.measured)
     else:
         text = find_text(job.data)
         tokens = text_rows(text.read(0, text.split), job)
         losses = train(model, tokens[:, :-1], tokens[:, 1:], job)
-        result = measure_text(model, text.read(text.split, text.length))
+        held_out = text.read(text.split, text.length)
+        result = measure_text(model, held_out[: job.measured])
         result["compression_losses"] = losses
     seconds = time.perf_counter() - began
     return {**asdict(job), "seconds": seconds, "machine": machine(), **result}
@@ -259,9 +281,11 @@ def recall_rows(seed: int, rows: int, segments: int) -> tuple[Tensor, Tensor, Te
     return symbols[:, :-1], distances, targets
 
 
-def measure_recall(model: CompressiveTransformer) -> dict:
+def measure_recall(model: CompressiveTransformer, tokens: int) -> dict:
     """How many answers were asked for, and how many right, in every bin of distances."""
-    symbols, distances, targets = recall_rows(seed=10**6, rows=64, segments=64)
+    segments = 64
+    rows = tokens // (segments * SEGMENT)
+    symbols, distances, targets = recall_rows(10**6, rows, segments)  # no training has this seed
     logits = torch.cat([output.logits for output in stream(model, symbols)], dim=1)
     asked = distances > 0
     asked[:, : FURTHEST + SEGMENT] = False  # until then the near ones are more than their share
@@ -443,16 +467,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What compressed memory is good for, measured.")
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run and to show")
-    add("--quick", action="store_true", help="two seeds and few steps")
+    add("--quick", action="store_true", help="two seeds, a tenth of the steps")
+    add("--steps", type=int, help="of each training, instead of those that belong to it")
     add("--out", type=Path, help="folder of the results; by default benchmarks, or runs/evidence")
     add("--processes", type=int, default=os.cpu_count(), help="runs at a time, a core each")
     args = parser.parse_args()
     out = args.out or Path("runs/evidence" if args.quick else "benchmarks")
     if args.processes < 1:
         parser.error(f"--processes must be at least 1, got {args.processes}")
+    if args.steps is not None and args.steps < 20:
+        parser.error(f"--steps must be at least 20, got {args.steps}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        jobs = make_jobs(args.parts, args.quick)
+        jobs = make_jobs(args.parts, args.quick, args.steps)
         done = run_all(jobs, out / "evidence.jsonl", args.processes)
         write([done[job] for job in jobs], out)
     except KeyboardInterrupt:
