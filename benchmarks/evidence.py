@@ -448,7 +448,7 @@ def run_all(jobs: list[Job], path: Path, processes: int) -> dict[Job, dict]:
             record = future.result()
             done[job] = record
             with open(path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write("\n" + json.dumps(record))  # ends a line that was cut off, too
             spent = time.perf_counter() - began
             left = spent / count * (len(missing) - count)
             what = f"{job.part} {job.data}".strip()
