@@ -86,11 +86,12 @@ PARTS = ("recall", "text")
 def make_jobs(parts: list[str], quick: bool, steps: int | None) -> list[Job]:
     """The arms of a seed stand together, so that a script that was stopped has whole seeds."""
     jobs = []
-    for seed in range(5):
-        if "recall" in parts and seed < (2 if quick else 5):
+    if "recall" in parts:
+        for seed in range(2 if quick else 5):
             for arm, changes in RECALL_ARMS.items():
                 jobs.append(recall_job(arm, changes, seed, quick, steps))
-        if "text" in parts and seed < (2 if quick else 4):
+    if "text" in parts:
+        for seed in range(2 if quick else 4):
             for data in TEXTS:
                 for arm, changes in TEXT_ARMS.items():
                     jobs.append(text_job(data, arm, changes, seed, quick, steps))
