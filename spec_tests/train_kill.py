@@ -25,7 +25,6 @@ importlib.import_module("torch._dynamo")  # optimisers load it at their first st
 OPTIONS = "--steps 24 --save-every 1 --batch-size 4 --segment 8 --dropout 0.1 "
 OPTIONS += "--d-model 64 --n-heads 2 --n-layers 2 --d-ff 512 --mem-len 16 --c-mem-len 8 "
 OPTIONS += "--compression-rate 2 --sample-bytes 4 --device cpu --dtype float32"
-TIMING = "seconds", "tokens_per_second"
 
 
 def start(folder: Path, *options: object) -> int:
@@ -58,11 +57,10 @@ def finish(pid: int, folder: Path) -> None:
 
 
 def result(run: Path) -> tuple[dict, list[dict]]:
-    """The checkpoint and the metrics of a run, without the times."""
+    """The checkpoint and the metrics of a run, without the times of day."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    del state["seconds"]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return state, [{k: v for k, v in x.items() if k not in TIMING} for x in records]
+    return state, [{k: v for k, v in x.items() if k != "time"} for x in records]
 
 
 def same(a: object, b: object) -> bool:
