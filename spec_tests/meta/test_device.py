@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from .. import test_memory
+from .. import replay, test_memory
+from ..adapter import Settings
 from ..adapters import reference
 from ..implementation import Implementation
 from ..replay import checks
+from ..support import Case
 from .pretend import DEVICE, pretended
 from .test_instrument import Wrong, spec, users_folder, verdicts
 from .test_meta import changed, failure, profile
@@ -55,6 +57,16 @@ def test_memories_that_come_back_on_another_device_break_MEM_8():
         wrong = failure(check, Implementation(Wrong(read=read), "wrong", device))
     assert right is None
     assert "expected [device(type='meta'), torch.float64], got [device(type='cpu')" in str(wrong)
+
+
+def test_an_example_is_done_again_on_its_device(monkeypatch: pytest.MonkeyPatch):
+    prepared = []
+    monkeypatch.setattr(replay, "prepare", lambda *how: prepared.append(how))
+    name = "test_MEM_8_memories_are_not_changed_nor_carry_a_gradient"
+    case = Case(Settings(), [4, 4])
+    with pretended():
+        replay.replay(name, "spec_tests.adapters.reference", spec_device="meta", case=case)
+    assert prepared == [("default", 0, torch.float64, DEVICE)]
 
 
 PLUGIN = """
