@@ -79,7 +79,8 @@ def find(spec: str) -> Found:
         return Found(found, module_name, name)
     models = []
     for its_name, value in vars(module).items():
-        if isinstance(value, type) and issubclass(value, nn.Module):
+        is_model = isinstance(value, type) and issubclass(value, nn.Module)
+        if is_model and value.__module__ == module.__name__:
             models.append(f"{place}:{its_name}")
     raise Refused(f"{spec!r} names no class or function; models: {', '.join(models) or 'none'}")
 

@@ -24,6 +24,7 @@ from ..report import SCHEMA, SpecReport
 from ..rules import RULES, VERSION
 from ..summary import VERDICTS, badge, markdown
 from ..support import fit
+from .verdicts import table
 
 SUITE = Path(__file__).parents[1]
 README = (SUITE / "README.md").read_text()
@@ -99,7 +100,9 @@ def spec(folder: Path, *options: str, suite: str = "spec_tests") -> SimpleNamesp
     command = [sys.executable, "-W", "ignore", "-m", "pytest", suite, "--spec-profile=quick"]
     command += ["--spec-report=report.json", "-p", "no:cacheprovider", *options]
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    report = json.loads(file.read_text()) if file.exists() else None
+    report = None
+    if file.exists() and file.stat().st_size > 0:  # empty: what came after it was refused
+        report = json.loads(file.read_text())
     return SimpleNamespace(status=ran.returncode, out=ran.stdout, err=ran.stderr, report=report)
 
 
@@ -318,6 +321,13 @@ def test_the_version_of_the_rules_is_the_last_one_of_the_change_list():
         kind, number = first.split("-")
         came += [f"{kind}-{n}" for n in range(int(number), int(last) + 1)]
     assert sorted(came) == sorted(RULES)
+
+
+def test_the_table_of_the_readme_is_of_these_rules():
+    assert table([report_of()]).startswith(f"| rules {VERSION} |  | a_model 1.2 |\n| --- |")
+    assert f"| rules {VERSION} |  | compressive.py |" in README
+    for rule, (sentence, _, level) in RULES.items():
+        assert f"| {rule} | {sentence} ({level}) |" in README
 
 
 def report_of(*others: str, reason: str = "") -> dict:

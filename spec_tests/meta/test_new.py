@@ -24,8 +24,6 @@ def test_the_adapter_of_the_readme_begins_as_a_skeleton():
         made = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         (folder / "skeleton.py").write_text(made.stdout)
         ran = spec(folder, "--impl=skeleton.py")
-        command[-1] = "my_model.py:Module"
-        wrong = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert made.stderr == ""
     assert BUILD in made.stdout
     for field in Declaration.__dataclass_fields__:
@@ -35,10 +33,6 @@ def test_the_adapter_of_the_readme_begins_as_a_skeleton():
         "ERROR: --impl skeleton.py: the adapter cannot be used: start() raised"
     )
     assert ran.err.strip().endswith(": start() is to be filled in")
-    assert wrong.returncode == 2
-    models = "models: my_model.py:Compress, my_model.py:Model"
-    said = f"'my_model.py:Module' names no class or function; {models}"
-    assert wrong.stderr == f"python -m spec_tests.new: {said}\n"
 
 
 MODEL = """
@@ -131,6 +125,7 @@ def test_the_reference_is_configured(monkeypatch, capsys):
         ),
         (("model_of_c.py",), "'model_of_c.py' names no class or function; models: none"),
         (("model_of_c.py:x",), "'model_of_c.py:x' names no class or function; models: none"),
+        (("two.py:C",), "'two.py:C' names no class or function; models: two.py:A, two.py:B"),
         (("model_of_c.py:dict",), "'model_of_c.py:dict' does not tell its arguments"),
         (("model_of_c.py:Adapter",), "'model_of_c.py:Adapter' has the name of the adapter to be"),
     ],
@@ -139,6 +134,7 @@ def test_bad_arguments_cost_one_line(arguments, message, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     Path("a-model.py").touch()
     Path("ends.py").write_text("raise SystemExit(3)")
+    Path("two.py").write_text("from torch.nn import Module\nclass A(Module): 0\nclass B(A): 0\n")
     Path("wrong.py").write_text("class Model(:\n")
     Path("model_of_c.py").write_text("from builtins import dict\nx = 1\nclass Adapter: pass\n")
     with pytest.raises(SystemExit) as ended:
