@@ -77,6 +77,8 @@ def run(call: Any, args: tuple, kwargs: dict) -> Any:
 def pretended() -> Iterator[torch.device]:
     """The other device, while it is there."""
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # There's cannot be refilled
-    with Pretend():
-        yield DEVICE
-    torch.__future__.set_overwrite_module_params_on_conversion(False)
+    try:
+        with Pretend():
+            yield DEVICE
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)

@@ -14,10 +14,9 @@ from ..implementation import Implementation
 from ..replay import checks
 from ..support import Case
 from .pretend import DEVICE, pretended
-from .test_instrument import Wrong, spec, users_folder, verdicts
+from .test_instrument import RIGHT, Wrong, spec, users_folder, verdicts
 from .test_meta import changed, failure, profile
 
-RIGHT = reference.Adapter()
 hypothesis.settings.register_profile(
     "one", hypothesis.settings.get_profile("quick"), max_examples=1
 )

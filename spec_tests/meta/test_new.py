@@ -72,9 +72,10 @@ BUILT = """
 
 def made(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     """What the command prints."""
-    monkeypatch.setattr(sys, "argv", ["new", *arguments])
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    main()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["new", *arguments])
+        patch.setattr(sys, "path", sys.path.copy())
+        main()
     return capsys.readouterr().out
 
 
@@ -86,6 +87,7 @@ def test_arguments_that_resemble_settings_are_filled_in(tmp_path, monkeypatch, c
     source = made(capsys, monkeypatch, "src/model_for_a_skeleton.py:Model")
     assert BUILT in source
     Path("skeleton_of_a_model.py").write_text(source)
+    del sys.modules["model_for_a_skeleton"]
     monkeypatch.chdir("/")
     impl = load(str(tmp_path / "skeleton_of_a_model.py"))
     assert impl.declared == Declaration(name="model_for_a_skeleton")
