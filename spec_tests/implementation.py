@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .adapter import CHOICES, SOME, Declaration, Settings
 from .rules import RULES
 
+CPU = torch.device("cpu")
 NEEDED = ("build", "start", "step", "read", "compression_parameters")
 
 
@@ -38,11 +39,19 @@ class Step(NamedTuple):
 
 
 class Implementation:
-    """An adapter as the tests use it: batch first, its models in float64 with random parameters."""
+    """An adapter as the tests use it: batch first, its models in float64 with random parameters.
 
-    def __init__(self, adapter: Any, path: str) -> None:
+    Its models live on `device`, and what they are given is moved there; what they give is moved
+    back, so that examples are drawn and results compared in one place, whatever the device."""
+
+    def __init__(
+        self, adapter: Any, path: str, device: torch.device = CPU, dtype: str | None = None
+    ) -> None:
         self.adapter, self.path = adapter, path
+        self.device = device
         self.declared = declaration(adapter)
+        if dtype is not None:
+            self.declared = replace(self.declared, dtype=dtype)
         missing = [name for name in NEEDED if not callable(getattr(adapter, name, None))]
         if missing:
             raise Unusable(f"it has no {', '.join(missing)}(); adapter.py says what is needed")
@@ -57,6 +66,14 @@ class Implementation:
             return x.transpose(0, 1)
         return x
 
+    def give(self, x: Tensor) -> Tensor:
+        """To its layout and device."""
+        return self.swap(x).to(self.device)
+
+    def take(self, x: Tensor) -> Tensor:
+        """From its layout and device."""
+        return self.swap(x).cpu()
+
     def build(self, settings: Settings) -> nn.Module:
         """A model whose every parameter matters: no zero biases, no unit gains, nothing tiny."""
         model = self.adapter.build(settings).to(self.dtype).eval()
@@ -67,19 +84,19 @@ class Implementation:
                     parameter.normal_(center, std=0.3)
                 else:
                     parameter.normal_(std=1.2 / parameter.size(-1) ** 0.5)
-        return model
+        return model.to(self.device)
 
     def start(self, model: nn.Module, batch: int) -> Any:
         return self.adapter.start(model, batch)
 
     def step(self, model: nn.Module, tokens: Tensor, state: Any) -> Step:
-        logits, state, loss = self.adapter.step(model, self.swap(tokens), state)
+        logits, state, loss = self.adapter.step(model, self.give(tokens), state)
         if loss is None:
             loss = torch.zeros((), dtype=self.dtype)
-        return Step(self.swap(logits), state, loss.reshape(()))
+        return Step(self.take(logits), state, self.take(loss).reshape(()))
 
     def read(self, state: Any) -> list[Slots]:
-        return [Slots(self.swap(mem), self.swap(c_mem)) for mem, c_mem in self.adapter.read(state)]
+        return [Slots(self.take(mem), self.take(c_mem)) for mem, c_mem in self.adapter.read(state)]
 
     def compression_parameters(self, model: nn.Module) -> list[list[nn.Parameter]]:
         return [list(layer) for layer in self.adapter.compression_parameters(model)]
@@ -93,12 +110,12 @@ class Implementation:
 
     def replace(self, state: Any, slots: Sequence[Slots]) -> Any:
         replace = self.needs("replace")
-        return replace(state, [(self.swap(mem), self.swap(c_mem)) for mem, c_mem in slots])
+        return replace(state, [(self.give(mem), self.give(c_mem)) for mem, c_mem in slots])
 
     def compress(self, model: nn.Module, layer: int, old: Tensor, usage: Tensor) -> Tensor:
         compress = self.needs("compress")
-        new = compress(model, layer, self.swap(old), self.swap(usage))
-        return self.swap(new)
+        new = compress(model, layer, self.give(old), self.give(usage))
+        return self.take(new)
 
     def weights(self, model: nn.Module) -> dict[str, Any]:
         return self.needs("weights")(model)
@@ -122,7 +139,7 @@ class Implementation:
 
     def twin(self, model: nn.Module, settings: Settings) -> nn.Module | None:
         """A model of these settings with the parameters of another; None if their shapes differ."""
-        twin = self.adapter.build(settings).to(self.dtype).train(model.training)
+        twin = self.adapter.build(settings).to(self.device, self.dtype).train(model.training)
         try:
             twin.load_state_dict(model.state_dict())
         except RuntimeError:
@@ -155,9 +172,9 @@ def declaration(adapter: Any) -> Declaration:
     return Declaration(**declares)
 
 
-def load(spec: str) -> Implementation:
+def load(spec: str, device: torch.device = CPU, dtype: str | None = None) -> Implementation:
     """The implementation that `--impl` names: `path/to/file.py`, `module.path`, either with
-    `:Name` behind it if its adapter is not called Adapter."""
+    `:Name` behind it if its adapter is not called Adapter. A dtype overrides the declared one."""
     place, _, name = spec.partition(":")
     name = name or "Adapter"
     path = Path(place)
@@ -181,7 +198,7 @@ def load(spec: str) -> Implementation:
         raise Unusable(f"it needs {error.name}, which is not installed") from None
     except Exception as error:
         raise_unusable("importing it", error)
-    return Implementation(adapter, spec)
+    return Implementation(adapter, spec, device, dtype)
 
 
 def raise_unusable(doing: str, error: Exception) -> NoReturn:

@@ -7,7 +7,7 @@ import torch
 
 from .adapter import Settings
 from .implementation import load
-from .support import Case, torch_random
+from .support import Case, prepare, torch_random
 
 __all__ = ["Case", "Settings", "replay"]
 
@@ -21,12 +21,18 @@ def checks() -> dict[str, Any]:
     return {name: value for name, value in found.items() if name.startswith("test_")}
 
 
-def replay(test: str, impl: str, spec_seed: int = 0, **drawn: Any) -> None:
+def replay(
+    test: str,
+    impl: str,
+    spec_seed: int = 0,
+    spec_device: str = "cpu",
+    spec_dtype: str | None = None,
+    **drawn: Any,
+) -> None:
     """Run one example of one test on an adapter; raises what the test raises, from where it is
     raised, so that a debugger can step in."""
-    loaded = load(impl)
-    torch.set_default_dtype(loaded.dtype)
-    torch_random.shift = spec_seed
+    loaded = load(impl, torch.device(spec_device), spec_dtype)
+    prepare("default", spec_seed, loaded.dtype, loaded.device)
     torch_random.seed(0)  # as Hypothesis does before every example
     found = checks()[test]
     getattr(found, "body", found)(loaded, **drawn)

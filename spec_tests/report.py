@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import hypothesis
 import pytest
@@ -14,11 +14,11 @@ import torch
 
 from .adapter import Settings
 from .implementation import Implementation
-from .rules import DESIGN, RULES
+from .rules import DESIGN, RULES, VERSION
+from .summary import VERDICTS, badge, markdown
 from .support import Broken, Case
 
 SCHEMA = 1
-VERDICTS = ("PASS", "FAIL", "KNOWN", "UNEXPECTED PASS", "NOT CLAIMED", "NOT RUN")
 COLOURS = {"PASS": {"green": True}, "FAIL": {"red": True}, "UNEXPECTED PASS": {"red": True}}
 
 
@@ -51,9 +51,11 @@ def place_of(error: BaseException) -> str:
     return places[-1] if places else "an unknown place"
 
 
-def explain(name: str, error: BaseException, impl: Implementation, seed: int) -> str:
+def explain(
+    name: str, error: BaseException, impl: Implementation, options: Mapping[str, Any]
+) -> str:
     """Everything that helps: the rule, what was expected and what came, the settings, the likely
-    causes, and how to see it again."""
+    causes, and how to see it again, with these options."""
     drawn = getattr(error, "drawn", {})
     lines = [f"{rule} ({RULES[rule].level}): {RULES[rule].sentence}" for rule in rules_of(name)]
     if isinstance(error, Broken):
@@ -73,8 +75,7 @@ def explain(name: str, error: BaseException, impl: Implementation, seed: int) ->
         if fields:
             lines += [f"  or         it is meant so: then declare {', '.join(fields)}"]
     arguments = [repr(name), repr(impl.path), *(f"{k}={code(v)}" for k, v in drawn.items())]
-    if seed:
-        arguments.append(f"spec_seed={seed}")
+    arguments += [f"{option}={value!r}" for option, value in options.items()]
     lines += [
         "  again      from spec_tests.replay import Case, Settings, replay",
         f"             replay({', '.join(arguments)})",
@@ -82,11 +83,17 @@ def explain(name: str, error: BaseException, impl: Implementation, seed: int) ->
     return "\n".join(lines)
 
 
+NOWHERE: Mapping[str, IO[str]] = {}
+
+
 class SpecReport:
     """The pytest plugin that gathers the verdicts."""
 
-    def __init__(self, config: pytest.Config, impl: Implementation) -> None:
+    def __init__(
+        self, config: pytest.Config, impl: Implementation, files: Mapping[str, IO[str]] = NOWHERE
+    ) -> None:
         self.config, self.impl = config, impl
+        self.files = files
         self.checks: dict[str, list[dict]] = {rule: [] for rule in RULES}
 
     def header(self) -> dict[str, str]:
@@ -97,7 +104,7 @@ class SpecReport:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "hypothesis": hypothesis.__version__,
-            "device": "cpu",
+            "device": str(self.impl.device),
             "dtype": self.impl.declared.dtype,
             "profile": self.config.option.spec_profile,
             "seed": self.config.option.spec_seed,
@@ -106,7 +113,16 @@ class SpecReport:
     def pytest_report_header(self) -> str:
         about = self.header()
         title = f"{about.pop('name')} {about.pop('version')}".strip()
-        return f"rules of {title}: " + ", ".join(f"{k} {v}" for k, v in about.items())
+        return f"rules {VERSION} of {title}: " + ", ".join(f"{k} {v}" for k, v in about.items())
+
+    def other_options(self) -> dict[str, Any]:
+        """Those that change what is tested, where they are given."""
+        options = {}
+        for name, default in (("spec_seed", 0), ("spec_device", "cpu"), ("spec_dtype", None)):
+            value = getattr(self.config.option, name)
+            if value != default:
+                options[name] = value
+        return options
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         rules = rules_of(item.name)
@@ -128,8 +144,7 @@ class SpecReport:
         message = ""
         outcome = report.outcome
         if outcome == "failed":
-            seed = self.config.option.spec_seed
-            message = explain(item.name, call.excinfo.value, self.impl, seed)
+            message = explain(item.name, call.excinfo.value, self.impl, self.other_options())
             report.longrepr = message
             known = self.reasons(self.impl.declared.known, item.name)
             if all(known):
@@ -178,7 +193,7 @@ class SpecReport:
         if not verdicts:
             return
         about = self.header()
-        terminalreporter.section(f"rules of {about['name']} {about['version']}".rstrip())
+        terminalreporter.section(f"rules {VERSION} of {about['name']} {about['version']}".rstrip())
         width = None
         if terminalreporter.isatty:
             width = shutil.get_terminal_size().columns
@@ -202,9 +217,15 @@ class SpecReport:
         unexpected = any(self.verdict(rule)[0] == "UNEXPECTED PASS" for rule in RULES)
         if unexpected and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        if self.config.option.spec_report:
-            text = json.dumps(self.as_json(session), indent=1)
-            Path(self.config.option.spec_report).write_text(text + "\n")
+        report = self.as_json(session)
+        texts = {
+            "spec_report": json.dumps(report, indent=1) + "\n",
+            "spec_markdown": markdown(report),
+            "spec_badge": json.dumps(badge(report)) + "\n",
+        }
+        for option, file in self.files.items():
+            with file:
+                file.write(texts[option])
 
     def as_json(self, session: pytest.Session) -> dict[str, Any]:
         """The verdicts as README.md documents them."""
@@ -217,6 +238,7 @@ class SpecReport:
             )
         return {
             "schema": SCHEMA,
+            "rules_version": VERSION,
             "implementation": self.header(),
             "exit_status": int(session.exitstatus),
             "totals": self.totals(),

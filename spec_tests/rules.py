@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+VERSION = "1.0"  # README.md has what changed with each
+
 
 class Rule(NamedTuple):
     sentence: str

@@ -2,6 +2,7 @@
 the bookkeeping of which token is where."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from .adapter import COMPRESSIONS, LOSSES, Declaration, Settings
-from .implementation import Implementation, Slots, not_claimed
+from .implementation import CPU, Implementation, Slots, not_claimed
 
 PARAMETRIC = ("conv", "dilated_conv")  # the compression functions that a loss trains
 STRIDED = ("conv", "mean_pool", "max_pool")  # slot k is a function of block k alone
@@ -24,12 +25,15 @@ class TorchRandom:
     """torch's random numbers as Hypothesis wants them, to seed them before every example."""
 
     shift = 0  # --spec-seed
+    on_cpu = True
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
     def seed(self, seed: int) -> None:
-        # The tests run on a CPU; torch.manual_seed would look for other devices every time, too.
-        torch.default_generator.manual_seed(seed + self.shift)
+        if self.on_cpu:  # torch.manual_seed would look for other devices every time, too
+            torch.default_generator.manual_seed(seed + self.shift)
+        else:
+            torch.manual_seed(seed + self.shift)
 
 
 torch_random = TorchRandom()
@@ -50,12 +54,23 @@ for name, examples in PROFILES.items():
     )
 
 
-def prepare(profile: str, seed: int, dtype: torch.dtype) -> None:
+def prepare(profile: str, seed: int, dtype: torch.dtype, device: torch.device = CPU) -> None:
     """Set up a process that is to test."""
     torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
     torch.set_default_dtype(dtype)
     hypothesis.settings.load_profile(profile)
     torch_random.shift = seed
+    torch_random.on_cpu = device.type == "cpu"
+    if not torch_random.on_cpu:
+        compute_exactly()
+
+
+def compute_exactly() -> None:
+    """As a CPU does: the same sums in every run, of all of a number's digits."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it for the first
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 class Case(NamedTuple):

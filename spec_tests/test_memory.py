@@ -299,8 +299,8 @@ def unchanged_and_cut_off(impl: Implementation, case: Case, dtype: torch.dtype) 
             close(f"mem handed to layer {i}, after step {n}", now.mem, was.mem)
             close(f"c_mem handed to layer {i}, after step {n}", now.c_mem, was.c_mem)
         state = step.state
-        expected = [segment.device, dtype]
-        for i, layer in enumerate(impl.read(state)):
+        expected = [impl.device, dtype]
+        for i, layer in enumerate(impl.adapter.read(state)):
             for name, part in zip(Slots._fields, layer, strict=True):
                 what = f"{name} that layer {i} handed back in step {n}"
                 holds(not part.requires_grad, f"{what}, its gradient", "none", part.grad_fn)

@@ -123,6 +123,8 @@ def with_tokens(impl: Implementation, tokens: torch.Tensor) -> Callable[[], obje
 
 
 def test_MOD_5_a_token_out_of_range(impl: Implementation):
+    if impl.device.type != "cpu":
+        not_claimed("off the CPU such a token may end the process")
     bad = torch.tensor([[3, 19, 2, 1], [0, 1, 2, 3]])
     refused("token 19 of a vocabulary of 17", with_tokens(impl, bad), "token|vocab", "17", "19")
 

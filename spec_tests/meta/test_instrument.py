@@ -8,19 +8,23 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from .. import conftest
 from ..adapter import Declaration, Settings
 from ..adapters import reference
 from ..conftest import supported
 from ..implementation import Implementation, Unusable, check_usable, declaration, load
-from ..report import SCHEMA, VERDICTS, SpecReport
-from ..rules import RULES
+from ..report import SCHEMA, SpecReport
+from ..rules import RULES, VERSION
+from ..summary import VERDICTS, badge, markdown
 from ..support import fit
+from .verdicts import table
 
 SUITE = Path(__file__).parents[1]
 README = (SUITE / "README.md").read_text()
@@ -89,14 +93,16 @@ def change(folder: Path, old: str, new: str) -> None:
     parts.write_text(right.replace(old, new))
 
 
-def spec(folder: Path, *options: str) -> SimpleNamespace:
+def spec(folder: Path, *options: str, suite: str = "spec_tests") -> SimpleNamespace:
     """Run the suite there in the quick profile; its exit status, what it said, and its report."""
     file = folder / "report.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "spec_tests", "--spec-profile=quick"]
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", suite, "--spec-profile=quick"]
     command += ["--spec-report=report.json", "-p", "no:cacheprovider", *options]
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    report = json.loads(file.read_text()) if file.exists() else None
+    report = None
+    if file.exists() and file.stat().st_size > 0:  # empty: what came after it was refused
+        report = json.loads(file.read_text())
     return SimpleNamespace(status=ran.returncode, out=ran.stdout, err=ran.stderr, report=report)
 
 
@@ -120,7 +126,8 @@ def test_the_adapter_of_the_readme_works_at_the_first_attempt():
     found = verdicts(ran.report)
     assert found.keys() == RULES.keys()
     assert set(found.values()) == {"PASS"}
-    assert "rules of my_model: adapter my_adapter.py" in ran.out
+    assert f"rules {VERSION} of my_model: adapter my_adapter.py" in ran.out
+    assert "device cpu, dtype float64" in ran.out
     assert "MUST: 28 PASS" in ran.out and "SHOULD: 2 PASS" in ran.out
     assert len(ADAPTER.splitlines()) <= 60
 
@@ -132,8 +139,8 @@ def test_a_failure_teaches_and_can_be_done_again():
     with users_folder() as folder:
         change(folder, old, new)
         change(folder, "held[:, leaving:]", "held[:, :keep]")
-        options = ("--impl", "my_adapter:Adapter", "-k", "MEM_1 and newest", "--spec-seed=3")
-        ran = spec(folder, *options)
+        options = ("--impl", "my_adapter:Adapter", "-k", "MEM_1 and newest")
+        ran = spec(folder, *options, "--spec-seed=3", "--spec-dtype=float32")
         snippet = re.search(r"again +(from .*)\n +(replay\(.*\))", ran.out)
         again = [sys.executable, "-W", "ignore", "-c", "\n".join(snippet.groups())]
         again = subprocess.run(again, cwd=folder, capture_output=True, text=True)
@@ -147,7 +154,7 @@ def test_a_failure_teaches_and_can_be_done_again():
         "cause      the newest were evicted instead of the oldest (that is exactly what came)",
     ):
         assert said in ran.out
-    assert "spec_seed=3" in snippet[2]
+    assert "spec_seed=3, spec_dtype='float32')" in snippet[2]
     expected = re.search(r"expected +(\S+)", ran.out)[1]
     assert "Broken: memory in layer 0 after step" in again.stderr
     assert f"expected {expected}" in again.stderr
@@ -192,10 +199,21 @@ def test_what_is_known_of_a_test_hides_no_other_failure_of_its_rule():
 
 
 @pytest.mark.elsewhere
-def test_the_json_is_as_documented():
+def test_the_files_are_as_documented_from_whatever_folder_it_is_run():
+    """With the suite in a copy of its own, all paths given."""
     with users_folder() as folder:
-        ran = spec(folder, "--impl", "my_adapter.py", "-k", "CMP_3 or MOD_3")
+        other = folder / "other"
+        other.mkdir()
+        options = ("--impl", "../my_adapter.py", "-k", "CMP_3 or MOD_3", "--spec-dtype=float32")
+        options += ("--spec-markdown=summary.md", "--spec-badge=badge.json")
+        ran = spec(other, *options, suite="../spec_tests")
+        summary = (other / "summary.md").read_text()
+        shield = json.loads((other / "badge.json").read_text())
     report = ran.report
+    assert summary == markdown(report)
+    assert shield == badge(report)
+    assert report["implementation"]["dtype"] == "float32"
+    assert report["rules_version"] == VERSION
     assert report["schema"] == SCHEMA == 1
     documented = README[README.index("| `schema` | 1 |") :].split("\n\n")[0]
     names = set(re.findall(r"`(\w+)`", documented))
@@ -219,13 +237,146 @@ def test_the_json_is_as_documented():
             ("--impl=nowhere.py",),
             "--impl nowhere.py: the adapter cannot be used: there is no file nowhere.py",
         ),
+        (
+            ("--impl=my_adapter.py", "--spec-markdown=nowhere/summary.md"),
+            "--spec-markdown nowhere/summary.md: No such file or directory",
+        ),
     ],
 )
-def test_an_adapter_that_cannot_be_used_costs_one_message(options: tuple[str, ...], message: str):
+def test_what_cannot_be_used_costs_one_message(options: tuple[str, ...], message: str):
     with users_folder() as folder:
         ran = spec(folder, *options)
     assert ran.status == 4 and ran.report is None
     assert ran.err.strip() == f"ERROR: {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("spec_seed", -5, "-5: expected a number from 0 to 4294967295"),
+        ("spec_seed", 2**32, "4294967296: expected a number from 0 to 4294967295"),
+        ("spec_device", "meta", "meta: .*cannot be called on meta tensors"),
+        ("spec_device", "nowhere", "nowhere: Expected one of cpu, cuda, .*: nowhere"),
+        ("spec_device", "", "'': Device string must not be empty"),
+        pytest.param(
+            *("spec_device", "cuda", "cuda: .*(CUDA|NVIDIA).*"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device"),
+        ),
+    ],
+)
+def test_an_option_that_cannot_be_followed_is_refused(name: str, value: object, why: str):
+    option = SimpleNamespace(impl="my_adapter.py", spec_seed=0, spec_device="cpu", spec_dtype=None)
+    setattr(option, name, value)
+    with pytest.raises(pytest.UsageError, match=rf"^--{name.replace('_', '-')} {why}$"):
+        conftest.pytest_configure(SimpleNamespace(option=option))
+
+
+@pytest.mark.parametrize("option", conftest.OUTPUTS)
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("nowhere/file", "nowhere/file: No such file or directory"),
+        ("folder", "folder: Is a directory"),
+        ("", "'': No such file or directory"),
+        ("file/file", "file/file: Not a directory"),
+        ("x" * 300, "x+: File name too long"),
+        ("folder/../badge", "folder/../badge: --other has the same file"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused(
+    option: str, path: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").touch()
+    monkeypatch.setattr(conftest, "OUTPUTS", {"other": "", option: ""})
+    chosen = SimpleNamespace(**{"other": "badge", option: path})
+    with pytest.raises(pytest.UsageError, match=rf"^--{option.replace('_', '-')} {why}$"):
+        conftest.opened(chosen)
+
+
+def test_a_failure_is_done_again_with_the_options_that_it_came_with():
+    given = {"spec_seed": 3, "spec_device": "cuda", "spec_dtype": "float32"}
+    for options in (given, {"spec_seed": 0, "spec_device": "cpu", "spec_dtype": None}):
+        config = SimpleNamespace(option=SimpleNamespace(**options))
+        report = SpecReport(config, Implementation(RIGHT, "right"))
+        assert report.other_options() == (given if options is given else {})
+
+
+def test_every_option_is_documented():
+    names = []
+    group = SimpleNamespace(addoption=lambda name, **_: names.append(name))
+    conftest.pytest_addoption(SimpleNamespace(getgroup=lambda *_: group))
+    table = README[README.index("| option |") :].split("\n\n")[0]
+    assert set(re.findall(r"`(--[\w-]+)", table)) == set(names)
+
+
+def test_the_version_of_the_rules_is_the_last_one_of_the_change_list():
+    """Every rule came with one of them."""
+    changes = README[README.index("## Versions of the rules") :].split("\n## ")[0]
+    lines = re.findall(r"^- (\d+\.\d+): (.*)$", changes, re.MULTILINE)
+    assert lines[-1][0] == VERSION
+    came = []
+    for first, last in re.findall(r"([A-Z]+-\d+) to (\d+)", " ".join(line[1] for line in lines)):
+        kind, number = first.split("-")
+        came += [f"{kind}-{n}" for n in range(int(number), int(last) + 1)]
+    assert sorted(came) == sorted(RULES)
+
+
+def test_the_table_of_the_readme_is_of_these_rules():
+    assert table([report_of()]).startswith(f"| rules {VERSION} |  | a_model 1.2 |\n| --- |")
+    assert f"| rules {VERSION} |  | compressive.py |" in README
+    for rule, (sentence, _, level) in RULES.items():
+        assert f"| {rule} | {sentence} ({level}) |" in README
+
+
+def report_of(*others: str, reason: str = "") -> dict:
+    """Of rules that pass, but for the first ones, which have these verdicts."""
+    listed = []
+    for (rule, (sentence, _, level)), verdict in zip_longest(RULES.items(), others):
+        check = {"name": f"test_{rule}", "outcome": "passed", "message": ""}
+        if verdict in ("FAIL", "KNOWN"):
+            check |= {"outcome": "failed", "message": f"what is wrong with {rule}"}
+        one = {"id": rule, "level": level, "sentence": sentence, "checks": [check]}
+        listed.append(one | {"verdict": verdict or "PASS", "reason": reason if verdict else ""})
+    about = {"name": "a_model", "version": "1.2", "device": "cpu", "dtype": "float64"}
+    return {"rules_version": VERSION, "implementation": about, "rules": listed}
+
+
+@pytest.mark.parametrize(
+    ("others", "message", "colour"),
+    [
+        ((), "30/30", "brightgreen"),
+        (("NOT CLAIMED",), "29/30, 1 not claimed", "green"),
+        (("NOT CLAIMED", "KNOWN"), "28/30, 1 known, 1 not claimed", "yellow"),
+        (("KNOWN", "NOT RUN"), "28/30, 1 known, 1 not run", "lightgrey"),
+        (("NOT RUN", "UNEXPECTED PASS"), "28/30, 1 unexpected pass, 1 not run", "red"),
+        (("KNOWN", "NOT RUN", "FAIL"), "27/30, 1 fail, 1 known, 1 not run", "red"),
+    ],
+)
+def test_a_badge_is_what_shields_io_asks_for(others: tuple[str, ...], message: str, colour: str):
+    assert badge(report_of(*others)) == {
+        "schemaVersion": 1,
+        "label": f"compressive-transformer rules {VERSION}",
+        "message": message,
+        "color": colour,
+    }
+
+
+def test_markdown_has_a_line_for_every_rule_that_was_run_and_every_failure_once():
+    said = markdown(report_of("NOT RUN", "FAIL", "KNOWN", reason="a | <b>\nof it"))
+    lines = said.splitlines()
+    title = f"### compressive-transformer rules {VERSION}: 27/30, 1 fail, 1 known, 1 not run"
+    assert lines[:3] == [title, "", "a_model 1.2: device cpu, dtype float64"]
+    assert "ATT-1" not in said
+    assert "| ATT-2 | MUST | FAIL | a \\| &lt;b&gt; of it |" in lines
+    assert f"| MOD-5 | SHOULD | PASS | {RULES['MOD-5'].sentence} |" in lines
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(RULES) - 1
+    assert all(line.replace("\\|", "").count("|") == 5 for line in table)
+    assert said.count("what is wrong with ATT-2") == 1
+    assert "```text\nwhat is wrong with ATT-2\n```" in said
+    assert "what is wrong with ATT-3" not in said
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..rules import RULES
+from ..rules import RULES, VERSION
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- verdicts -->\n", "<!-- end -->"
@@ -43,7 +43,7 @@ def table(reports: list[dict]) -> str:
         for report in reports
     ]
     sentences = [f"{rule.sentence} ({rule.level})" for rule in RULES.values()]
-    columns = [["rule", "---", *RULES], ["", "---", *sentences], *columns]
+    columns = [[f"rules {VERSION}", "---", *RULES], ["", "---", *sentences], *columns]
     return "".join(f"| {' | '.join(row)} |\n" for row in zip(*columns, strict=True))
 
 
