@@ -5,10 +5,9 @@ from importlib.util import find_spec
 import pytest
 
 from . import elsewhere
-from .adapter import Settings
 from .implementation import Implementation, Unusable, check_usable, load
 from .report import SpecReport
-from .support import PROFILES, fit, prepare, torch_random
+from .support import PROFILES, prepare, supported, torch_random
 
 REFERENCE = "spec_tests.adapters.reference"
 collect_ignore = []
@@ -35,19 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         impl = load(spec)
         prepare(option.spec_profile, option.spec_seed, impl.dtype)
-        check_usable(impl, fit(impl.declared, supported(impl), [4]).settings)
+        check_usable(impl, supported(impl))
     except Unusable as error:
         raise pytest.UsageError(f"--impl {spec}: the adapter cannot be used: {error}") from None
     config.pluginmanager.register(SpecReport(config, impl), "spec_report")
-
-
-def supported(impl: Implementation) -> Settings:
-    declared = impl.declared
-    return Settings(
-        compression=declared.compressions[0],
-        compression_loss=declared.compression_losses[0],
-        norm_first=declared.norms[0] == "pre",
-    )
 
 
 @pytest.fixture(autouse=True)
