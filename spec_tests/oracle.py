@@ -17,7 +17,7 @@ NO_SCALE = "scores are not scaled by 1/sqrt(K)"
 TIMES_ROOT = "scores are scaled by sqrt(K) instead of 1/sqrt(K)"
 WIDE_SCALE = "scores are scaled by the whole width, 1/sqrt(D), instead of a head's"
 TRANSPOSED = "weights() gives matrices output x input; they are wanted as in y = x @ W"
-NEWEST_FIRST = "memories are attended to, or read() gives them, newest first"
+NEWEST_FIRST = "memories are attended to newest first"
 AFTER_ATTENTION = "the loss takes h after attention instead of the layer's input"
 MISTAKES = (NO_SCALE, TIMES_ROOT, WIDE_SCALE, TRANSPOSED, NEWEST_FIRST, AFTER_ATTENTION)
 

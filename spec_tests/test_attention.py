@@ -520,6 +520,8 @@ def equal_to_the_loops(
     if not same(got, expected, tolerance):
         for mistake in oracle.MISTAKES:
             causes[mistake] = loops(by_loops(mistake))
+        if got.dim() > 2:
+            causes["read() gives the newest slot first"] = expected.flip(1)
     what = f"{stage.name}, which differs first in step {n} (last equal: {equal_so_far})"
     try:
         close(what, got, expected, tolerance, causes)

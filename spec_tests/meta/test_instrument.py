@@ -268,6 +268,7 @@ RIGHT = reference.Adapter()
     [
         ({"build": None}, r"it has no build\(\)"),
         ({"build": lambda s: 3}, r"build\(\) gives a int, expected a torch.nn.Module"),
+        ({"build": lambda s: 1 / 0}, r"build\(\) raised ZeroDivisionError in .*test_instrument.py"),
         (
             {"build": lambda s: NotImplemented},
             r"build\(\) gives NotImplemented, as for Settings\(.*\) and settings near it",

@@ -5,10 +5,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from .. import oracle
 from ..adapter import Settings
@@ -19,12 +21,13 @@ from ..report import rules_of
 from ..rules import RULES
 from ..support import Broken, check, holds
 from .designs import designs, failures
-from .faults import FAULTS, Fault
+from .faults import FAULTS, READ, Fault
 from .variants import VARIANTS, TimeFirst
 
 SOURCE = open(reference.compressive.__file__).read()
 QUICK = hypothesis.settings.get_profile("quick")
 hypothesis.settings.register_profile("few", QUICK, max_examples=8)
+hypothesis.settings.register_profile("many", QUICK, max_examples=100)
 
 
 def changed(changes: tuple[tuple[str, str], ...]) -> ModuleType:
@@ -111,6 +114,57 @@ def test_a_failure_says_what_surely_is_wrong(what: str, check: str, rule: str, c
         assert error.cause is None
     else:
         assert error.cause.startswith(cause)
+
+
+SCALES = ("scale = q.size(-1) ** -0.5", "scale = q.size(-1) ** 0.5")
+FEW_SCALES = ("scale = K**-0.5", "scale = K**0.5")
+READS = (READ, READ.replace("mem, c_mem", "mem.flip(1), c_mem.flip(1)"))
+AFTER = "self.__dict__['between'] = h.detach()"
+PRE = "            h = h + self.dropout(attended)\n"
+POST = "            h = self.attention_norm(h + self.dropout(attended))\n"
+QUERIES = (
+    (PRE, f"{PRE}            {AFTER}\n"),
+    (POST, f"{POST}            {AFTER}\n"),
+    ("(self.attention, x, old", "(self.attention, self.__dict__['between'], old"),
+)
+
+
+class OutputByInput(reference.Adapter):
+    """Its matrices are those of nn.Linear."""
+
+    def weights(self, model: nn.Module) -> dict:
+        named = super().weights(model)
+        for layer in named["layers"]:
+            for name in ("query", "key", "value", "relative_key", "output"):
+                layer[name] = layer[name].T
+        return named
+
+
+class NewestFirst(reference.Adapter):
+    """It reads memories newest first."""
+
+    def read(self, state: Any) -> list[tuple[Tensor, Tensor]]:
+        return [(mem.flip(1), c_mem.flip(1)) for mem, c_mem in super().read(state)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "check", "cause"),
+    [
+        (reference.Adapter, (SCALES, FEW_SCALES), BY_LOOPS, oracle.TIMES_ROOT),
+        (reference.Adapter, (READS,), BY_LOOPS, oracle.NEWEST_FIRST),
+        (reference.Adapter, QUERIES, BY_LOOPS, oracle.AFTER_ATTENTION),
+        (OutputByInput, (), BY_LOOPS, oracle.TRANSPOSED),
+        (OutputByInput, (), LOSS, oracle.TRANSPOSED),
+        (NewestFirst, (), BY_LOOPS, "read() gives the newest slot first"),
+    ],
+)
+def test_causes_are_tried_before_they_are_guessed(
+    kind: type, changes: tuple, check: str, cause: str
+):
+    with profile("many"):
+        error = failure(checks()[check], Implementation(kind(changed(changes)), "wrong"))
+    assert isinstance(error, Broken)
+    assert error.cause == cause
 
 
 class Refuses(reference.Adapter):
