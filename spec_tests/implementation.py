@@ -94,8 +94,8 @@ class Implementation:
         return Step(self.swap(logits), state, loss.reshape(()))
 
     def read(self, state: Any) -> list[Slots]:
-        given = self.adapter.read(state)
-        if given is None or len(given) == 0:  # before the first step it need not know its rows
+        given = list(self.adapter.read(state) or ())
+        if not given:  # before the first step it need not know its rows
             empty = torch.zeros(self.rows, 0, self.built.d_model, dtype=self.dtype)
             return [Slots(empty, empty)] * self.built.n_layers
         layers = []

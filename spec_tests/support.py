@@ -170,6 +170,8 @@ def fit(
         if divisible or declared.start == "empty":  # full ones overflow by T, whatever their length
             settings = settings._replace(mem_len=round_up(settings.mem_len, c))
     settings = settings._replace(segment=max(schedule))
+    if declared.c_mem_len == "one" and settings.c_mem_len == 0:
+        settings = settings._replace(c_mem_len=1)
 
     least = {"any": 0, "one": 1, "rate": c, "segment": settings.segment}[declared.mem_len]
     if declared.overflow == "round_up" and settings.c_mem_len > 0:
@@ -177,8 +179,6 @@ def fit(
     if settings.mem_len < least:
         settings = settings._replace(mem_len=least)
 
-    if declared.c_mem_len == "one" and settings.c_mem_len == 0:
-        settings = settings._replace(c_mem_len=1)
     blocks = settings.mem_len // c
     if declared.c_mem_len == "block" and settings.c_mem_len < blocks:
         if settings.c_mem_len == 0 and may_lack_blocks(declared):
@@ -212,15 +212,13 @@ def supported(impl: Implementation) -> Settings:
     settings, _ = fit(declared, settings, [4])
     choices = itertools.product(
         (settings.n_heads, 1),
-        (settings.d_ff, 4 * settings.d_model),
         (settings.mem_len, 8, 0),
         (settings.c_mem_len, 8),
         (settings.compression_rate, 4, 1),
     )
-    for heads, inner_width, mem_len, c_mem_len, rate in choices:
+    for heads, mem_len, c_mem_len, rate in choices:
         another = settings._replace(
             n_heads=heads,
-            d_ff=inner_width,
             mem_len=mem_len,
             c_mem_len=c_mem_len,
             compression_rate=rate,
