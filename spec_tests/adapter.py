@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 COMPRESSIONS = ("conv", "dilated_conv", "most_used", "mean_pool", "max_pool")
+OTHER = "other"  # a compression function that the paper has not
 LOSSES = ("attention", "autoencoding", "none")
 
 
@@ -41,7 +42,8 @@ class Declaration:
     storage: str = "normalised"  # memory holds what attention reads; raw: the layer's input
     positions: str = "slots"  # along [c_mem, mem, segment]; separate: c_mem has its own
     # When c does not divide the overflow, round_up evicts up to c - 1 slots more, pad puts zeros
-    # before the oldest, drop loses the newest of the rest; divisible asks for lengths that it does
+    # before the oldest, drop loses the newest of the rest, keep lets the rest stay, up to c - 1
+    # slots above mem_len; divisible asks for lengths that c divides (of segments alone with zeros)
     overflow: str = "round_up"
     loss_reduction: str = "mean_square"  # of a layer, over all entries; or sum_of_squares, or norm
     loss_over_layers: str = "mean"  # or sum
@@ -50,10 +52,11 @@ class Declaration:
     compression_losses: tuple[str, ...] = LOSSES
     norms: tuple[str, ...] = ("pre", "post")
     bptt: bool = False  # the setting `bptt` works
-    segments: str = "any"  # or full: every step has `segment` tokens, which the model is built for
-    mem_len: str = "any"  # or at least one, or segment: at least as long as a segment
+    # or rate: each has c tokens at least; or full: each has `segment`, which the model is built for
+    segments: str = "any"
+    mem_len: str = "any"  # or at least one, or rate: at least c, or segment: at least a segment's
     c_mem_len: str = "any"  # or at least one, or block: at least mem_len // compression_rate
-    compress_nothing: bool = True  # f_c takes an empty block; False: it is never called with one
+    compress_nothing: bool = False  # f_c takes an empty block
     dtype: str = "float64"  # or float32, where float64 does not work
     known: Mapping[str, str] = field(default_factory=dict)  # rule or test -> why it fails
     not_claimed: Mapping[str, str] = field(default_factory=dict)  # the same -> why not for it
@@ -64,18 +67,51 @@ CHOICES = {
     "start": ("empty", "zeros"),
     "storage": ("normalised", "raw"),
     "positions": ("slots", "separate"),
-    "overflow": ("round_up", "pad", "drop", "divisible"),
+    "overflow": ("round_up", "pad", "drop", "keep", "divisible"),
     "loss_reduction": ("mean_square", "sum_of_squares", "norm"),
     "loss_over_layers": ("mean", "sum"),
-    "segments": ("any", "full"),
-    "mem_len": ("any", "one", "segment"),
+    "segments": ("any", "rate", "full"),
+    "mem_len": ("any", "one", "rate", "segment"),
     "c_mem_len": ("any", "one", "block"),
     "dtype": ("float64", "float32"),
 }
 SOME = {
-    "compressions": COMPRESSIONS,
+    "compressions": (*COMPRESSIONS, OTHER),
     "compression_losses": LOSSES,
     "norms": ("pre", "post"),
+}
+
+
+# What `weights` may name, and its shape: matrices are input x output, `y = x @ W`. A is the width
+# of all heads, H * K, which is D in most models; F the inner width, V the vocabulary.
+LAYER_WEIGHTS = {
+    "norm1_weight": "D",  # before attention, in post-norm after it
+    "norm1_bias": "D",
+    "query": "D A",
+    "key": "D A",
+    "value": "D A",
+    "value_bias": "A",  # if there is one
+    "relative_key": "D A",
+    "content_bias": "H K",
+    "position_bias": "H K",
+    "output": "A D",
+    "norm2_weight": "D",  # before the feed-forward, in post-norm after it
+    "norm2_bias": "D",
+    "ff1_weight": "D F",
+    "ff1_bias": "F",
+    "ff2_weight": "F D",
+    "ff2_bias": "D",
+    "convolution": "c D D",  # oldest of the c memories first
+    "convolution_bias": "D",  # if there is one
+    "dilated": "3 2 D D",  # those of dilation 1, 2, 4, a list; the older memory first
+    "transposed_convolution": "c D D",  # [c, D recovered, D compressed]
+}
+MODEL_WEIGHTS = {
+    "embedding": "V D",
+    "norm_weight": "D",  # the last one, in pre-norm
+    "norm_bias": "D",
+    "logits_weight": "D V",
+    "logits_bias": "V",
 }
 
 
@@ -89,17 +125,20 @@ class Adapter(Protocol):
     declares: Mapping[str, Any]
 
     def build(self, settings: Settings) -> nn.Module:
-        """A new model. Its parameters are overwritten with random ones."""
+        """A new model, or NotImplemented for settings that it cannot follow: the example is left
+        out. The model's parameters are overwritten with random ones."""
 
     def start(self, model: nn.Module, batch_size: int) -> Any:
         """The state before the first step."""
 
     def step(self, model: nn.Module, tokens: Tensor, state: Any) -> tuple[Tensor, Any, Tensor]:
-        """`tokens [B, T]` to `logits [B, T, V]`, the next state, and the compression loss, a scalar
-        (zero or None when nothing was compressed). What training does, so with gradients."""
+        """`tokens [B, T]` to `logits [B, T, V]` (log-probabilities do as well), the next state, and
+        the compression loss, a scalar, or a number or None where nothing was compressed. What
+        training does, so with gradients."""
 
     def read(self, state: Any) -> Sequence[tuple[Tensor, Tensor]]:
-        """For each layer its memory and compressed memory, `[B, slots, D]`, oldest first."""
+        """For each layer its memory and compressed memory, `[B, slots, D]`, oldest first; None if
+        there was no step yet and nothing is known of them."""
 
     def compression_parameters(self, model: nn.Module) -> Sequence[Sequence[nn.Parameter]]:
         """For each layer the parameters that only its compression loss trains."""
@@ -113,13 +152,10 @@ class Adapter(Protocol):
         """f_c alone: `old [B, c*n, D] -> [B, n, D]`; `usage [B, c*n]` is the attention received."""
 
     def weights(self, model: nn.Module) -> dict[str, Any]:
-        """Parameters by name, matrices input x output (`y = x @ W`), as views: writing to them
-        changes the model. For LOSS-5 `{"layers": [...]}` with `query`, `key` and `value` for each
-        layer, also `value_bias` if there is one, with raw storage also `norm1_weight` and
-        `norm1_bias`, and for the auto-encoding loss `transposed_convolution [c, D recovered, D]`.
+        """Parameters by name, as views: writing to them changes the model. `{"layers": [...]}`
+        with the names of LAYER_WEIGHTS for each layer, beside it those of MODEL_WEIGHTS.
 
-        A model as plain as the paper's gives all names of `oracle.py`, and the whole step is then
-        compared with plain loops: for a layer also `norm1_*`, `relative_key`, `content_bias`,
-        `position_bias` `[H, K]`, `output`, `norm2_*`, `ff1_weight`, `ff1_bias`, `ff2_*`,
-        `convolution [c, in, out]`, and `dilated`; beside "layers", `embedding`, `logits_weight`,
-        `logits_bias`, and in pre-norm `norm_weight` and `norm_bias`."""
+        LOSS-5 needs `query`, `key` and `value` (and `value_bias` if there is one), with raw
+        storage also `norm1_weight` and `norm1_bias`, and for the auto-encoding loss
+        `transposed_convolution`. A model as plain as the paper's gives all that it has, and the
+        whole step is then compared with plain loops."""

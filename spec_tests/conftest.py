@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from . import elsewhere
-from .adapter import CHOICES, Settings
+from .adapter import CHOICES
 from .implementation import Implementation, Unusable, check_usable, load
 from .report import SpecReport
-from .support import PROFILES, fit, prepare, torch_random
+from .support import PROFILES, prepare, supported, torch_random
 
 REFERENCE = "spec_tests.adapters.reference"
 SEEDS = range(2**32)
@@ -59,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         impl = load(spec, device, option.spec_dtype)
         prepare(option.spec_profile, option.spec_seed, impl.dtype, device)
-        check_usable(impl, fit(impl.declared, supported(impl), [4]).settings)
+        check_usable(impl, supported(impl))
     except Unusable as error:
         raise pytest.UsageError(f"--impl {spec}: the adapter cannot be used: {error}") from None
     config.pluginmanager.register(SpecReport(config, impl, opened(option)), "spec_report")
@@ -94,15 +94,6 @@ def opened(option: argparse.Namespace) -> dict[str, IO[str]]:
         except OSError as error:
             raise pytest.UsageError(f"{said}: {error.strerror}") from None
     return files
-
-
-def supported(impl: Implementation) -> Settings:
-    declared = impl.declared
-    return Settings(
-        compression=declared.compressions[0],
-        compression_loss=declared.compression_losses[0],
-        norm_first=declared.norms[0] == "pre",
-    )
 
 
 @pytest.fixture(autouse=True)

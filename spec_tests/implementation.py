@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from .adapter import CHOICES, SOME, Declaration, Settings
+from .adapter import CHOICES, LAYER_WEIGHTS, MODEL_WEIGHTS, SOME, Declaration, Settings
 from .rules import RULES
 
 CPU = torch.device("cpu")
@@ -57,6 +57,7 @@ class Implementation:
             raise Unusable(f"it has no {', '.join(missing)}(); adapter.py says what is needed")
         self.dtype = getattr(torch, self.declared.dtype)
         self.tolerance = 1e-10 if self.dtype == torch.float64 else 1e-4
+        self.left_out = ""  # of the check that ran last: which examples, and why
 
     # ------------------------------------------------------------------------ the needed calls
 
@@ -76,7 +77,13 @@ class Implementation:
 
     def build(self, settings: Settings) -> nn.Module:
         """A model whose every parameter matters: no zero biases, no unit gains, nothing tiny."""
-        model = self.adapter.build(settings).to(self.dtype).eval()
+        self.built = settings
+        model = self.adapter.build(settings)
+        if model is NotImplemented:
+            not_claimed("build() gives NotImplemented")
+        if not isinstance(model, nn.Module):
+            raise Unusable(f"build() gives a {type(model).__name__}, expected a torch.nn.Module")
+        model = model.to(self.dtype).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() <= 1:  # biases, and gains around 1
@@ -87,16 +94,37 @@ class Implementation:
         return model.to(self.device)
 
     def start(self, model: nn.Module, batch: int) -> Any:
+        self.rows = batch
         return self.adapter.start(model, batch)
 
     def step(self, model: nn.Module, tokens: Tensor, state: Any) -> Step:
-        logits, state, loss = self.adapter.step(model, self.give(tokens), state)
+        given = self.adapter.step(model, self.give(tokens), state)
+        if not isinstance(given, (tuple, list)) or len(given) != 3:
+            raise Unusable(f"step() gives a {described(given)}, expected logits, state and loss")
+        logits, state, loss = given
         if loss is None:
-            loss = torch.zeros((), dtype=self.dtype)
-        return Step(self.take(logits), state, self.take(loss).reshape(()))
+            loss = 0.0
+        if not isinstance(loss, Tensor):
+            loss = torch.tensor(float(loss), dtype=self.dtype)
+        if loss.numel() != 1:
+            raise Unusable(f"step() gives a loss of shape {list(loss.shape)}, expected []")
+        return Step(self.take(logits), state, loss.cpu().reshape(()))
 
     def read(self, state: Any) -> list[Slots]:
-        return [Slots(self.take(mem), self.take(c_mem)) for mem, c_mem in self.adapter.read(state)]
+        given = list(self.adapter.read(state) or ())
+        if not given:  # before the first step it need not know its rows
+            empty = torch.zeros(self.rows, 0, self.built.d_model, dtype=self.dtype)
+            return [Slots(empty, empty)] * self.built.n_layers
+        layers = []
+        for layer in given:
+            if not isinstance(layer, (tuple, list)) or len(layer) != 2:
+                expected = "memory and compressed memory"
+                raise Unusable(
+                    f"read() gives a {described(layer)} for a layer, expected {expected}"
+                )
+            mem, c_mem = layer
+            layers.append(Slots(self.take(mem), self.take(c_mem)))
+        return layers
 
     def compression_parameters(self, model: nn.Module) -> list[list[nn.Parameter]]:
         return [list(layer) for layer in self.adapter.compression_parameters(model)]
@@ -117,20 +145,28 @@ class Implementation:
         new = compress(model, layer, self.give(old), self.give(usage))
         return self.take(new)
 
-    def weights(self, model: nn.Module) -> dict[str, Any]:
-        return self.needs("weights")(model)
+    def weights(self, model: nn.Module, *names: str) -> dict[str, Any]:
+        """What the adapter names; without these names the check is not claimed."""
+        weights = self.needs("weights")(model)
+        for layer in weights["layers"]:
+            missing = [name for name in names if name not in {**weights, **layer}]
+            if missing:
+                not_claimed(f"weights() does not name {', '.join(missing)}")
+        return weights
 
     # ------------------------------------------------------------------------------ composites
 
     def run(self, model: nn.Module, text: Tensor, schedule: Sequence[int]) -> list[Step]:
         """Feed text in segments of these lengths, from the start."""
+        return list(self.stream(model, text, schedule))
+
+    def stream(self, model: nn.Module, text: Tensor, schedule: Sequence[int]) -> Iterator[Step]:
+        """The same, step by step."""
         state = self.start(model, text.size(0))
-        steps = []
         for segment in text.split(list(schedule), dim=1):
             step = self.step(model, segment, state)
             state = step.state
-            steps.append(step)
-        return steps
+            yield step
 
     def logits(self, model: nn.Module, text: Tensor, schedule: Sequence[int]) -> Tensor:
         with torch.no_grad():
@@ -138,8 +174,12 @@ class Implementation:
         return torch.cat([step.logits for step in steps], dim=1)
 
     def twin(self, model: nn.Module, settings: Settings) -> nn.Module | None:
-        """A model of these settings with the parameters of another; None if their shapes differ."""
-        twin = self.adapter.build(settings).to(self.device, self.dtype).train(model.training)
+        """A model of these settings with the parameters of another; None if their shapes differ, or
+        there is no such model."""
+        twin = self.adapter.build(settings)
+        if twin is NotImplemented:
+            return None
+        twin = twin.to(self.device, self.dtype).train(model.training)
         try:
             twin.load_state_dict(model.state_dict())
         except RuntimeError:
@@ -148,8 +188,17 @@ class Implementation:
 
 
 def not_claimed(reason: str) -> Any:
-    """End the check: the implementation does not claim what it tests."""
+    """Leave out this example, or, outside of one, the check: the implementation does not claim what
+    it tests. A check that has no example left is not claimed (see `support.check`)."""
     pytest.skip(reason)
+
+
+def described(value: object) -> str:
+    """Its type, and its length if it has one."""
+    name = type(value).__name__
+    if isinstance(value, (tuple, list)):
+        return f"{name} of {len(value)}"
+    return name
 
 
 def declaration(adapter: Any) -> Declaration:
@@ -159,17 +208,37 @@ def declaration(adapter: Any) -> Declaration:
     for name, value in declares.items():
         if name not in allowed:
             raise Unusable(f"declares[{name!r}] is unknown; there are {', '.join(allowed)}")
-        if name in CHOICES and value not in CHOICES[name]:
-            choices = ", ".join(map(repr, CHOICES[name]))
-            raise Unusable(f"declares[{name!r}] must be one of {choices}, got {value!r}")
-        if name in SOME and not set(value) <= set(SOME[name]):
-            choices = ", ".join(SOME[name])
-            raise Unusable(f"declares[{name!r}] must be some of {choices}, got {value!r}")
-        if name in ("known", "not_claimed"):
-            for rule in value:
-                if rule not in RULES and not rule.startswith("test_"):
-                    raise Unusable(f"declares[{name!r}] names {rule!r}, no rule and no test")
+        check_value(name, value)
+        if name in SOME:
+            declares[name] = tuple(value)
     return Declaration(**declares)
+
+
+def check_value(name: str, value: Any) -> None:
+    """Raise Unusable for what a field of the declaration cannot be."""
+
+    def need(ok: bool, expected: str) -> None:
+        if not ok:
+            raise Unusable(f"declares[{name!r}] must be {expected}, got {value!r}")
+
+    if name in CHOICES:
+        choices = ", ".join(map(repr, CHOICES[name]))
+        need(value in CHOICES[name], f"one of {choices}")
+    elif name in SOME:
+        some = f"some of {', '.join(SOME[name])}"
+        need(isinstance(value, (tuple, list)), f"a tuple of {some}, as in ({SOME[name][0]!r},)")
+        need(len(value) > 0, f"a tuple of {some}, one at least")
+        need(set(value) <= set(SOME[name]), some)
+    elif name in ("known", "not_claimed"):
+        need(isinstance(value, Mapping), "a dict, of a rule or the name of a test to the reason")
+        for rule, reason in value.items():
+            if rule not in RULES and not str(rule).startswith("test_"):
+                raise Unusable(f"declares[{name!r}] names {rule!r}, no rule and no test")
+            need(isinstance(reason, str) and reason != "", f"a dict with a reason for {rule}")
+    elif name in ("name", "version"):
+        need(isinstance(value, str), "a string")
+    else:
+        need(isinstance(value, bool), "True or False")
 
 
 def load(spec: str, device: torch.device = CPU, dtype: str | None = None) -> Implementation:
@@ -201,63 +270,158 @@ def load(spec: str, device: torch.device = CPU, dtype: str | None = None) -> Imp
     return Implementation(adapter, spec, device, dtype)
 
 
+FRAMEWORKS = {"torch", "numpy", "jax", "jaxlib", "flax", "tensorflow", "keras"}
+TESTING = {"hypothesis", "_pytest", "pluggy"}
+STANDARD_LIBRARY = Path(importlib.__file__).parents[1]
+SUITE = Path(__file__).parent
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error was raised: the last line of the implementation or its adapter."""
+    places = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        file = Path(code.co_filename)
+        packages = "site-packages" in file.parts
+        skipped = (FRAMEWORKS | TESTING) & set(file.parts) or str(file).startswith("<frozen")
+        of_python = STANDARD_LIBRARY in file.parents and not packages
+        if not skipped and not of_python and file.parent != SUITE:
+            places.append(f"{file}:{trace.tb_lineno}, in {code.co_name}")
+        trace = trace.tb_next
+    return places[-1] if places else ""
+
+
 def raise_unusable(doing: str, error: Exception) -> NoReturn:
     """Say in one line what an adapter raised, and where."""
     if isinstance(error, Unusable):
         raise error
-    where = error.__traceback__
-    while where.tb_next is not None:
-        where = where.tb_next
-    place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}"
-    raise Unusable(f"{doing} raised {type(error).__name__} in {place}: {error}") from error
+    place = place_of(error) or "an unknown place"
+    said = (str(error).splitlines() or [""])[0]
+    raise Unusable(f"{doing} raised {type(error).__name__} in {place}: {said}") from error
 
 
 def check_usable(impl: Implementation, settings: Settings) -> None:
     """Raise Unusable unless two steps can be made and what they give has the right form."""
-    L = settings.n_layers
-    D = settings.d_model
     T = settings.segment
-    tokens = torch.arange(3 * T).view(3, T) % settings.vocab_size
-
-    def need(call: str, what: str, expected: object, got: object) -> None:
-        if expected != got:
-            raise Unusable(f"{call} gives {what} {got}, expected {expected}")
-
+    text = torch.arange(6 * T).view(3, 2 * T) % settings.vocab_size
     call = "build()"
     try:
         model = impl.build(settings)
-        if not isinstance(model, nn.Module):
-            raise Unusable(f"build() gives a {type(model).__name__}, expected a torch.nn.Module")
         call = "start()"
         state = impl.start(model, 3)
-        for turn in ("first", "second"):
+        call = "read() of the state before the first step"
+        slots = impl.read(state)
+        check_slots(settings, call, slots)
+        for turn, tokens in zip(("first", "second"), text.split(T, dim=1), strict=True):
+            before = [Slots(mem.clone(), c_mem.clone()) for mem, c_mem in slots]
             call = f"the {turn} step()"
-            logits, state, loss = impl.step(model, tokens, state)
-            need(call, "logits of shape", [3, T, settings.vocab_size], list(logits.shape))
-            need(call, "logits of dtype", impl.dtype, logits.dtype)
-            if not logits.isfinite().all():
-                raise Unusable(f"{call} gives logits that are not finite")
-            need(call, "a loss of shape", [], list(loss.shape))
-            call = f"read() after the {turn} step"
+            step = impl.step(model, tokens, state)
+            check_step(impl, settings, call, step)
+            state = step.state
+            call = f"read() after {call}"
             slots = impl.read(state)
-            need(call, "a number of layers of", L, len(slots))
-            for layer in slots:
-                for part in layer:
-                    need(call, "slots of shape", [3, part.size(1), D], list(part.shape))
+            check_slots(settings, call, slots)
+            if not any_differs(before, slots):
+                raise Unusable(f"{call} gives what it gave before it: is the next state returned?")
         call = "compression_parameters()"
-        theirs = impl.compression_parameters(model)
-        need(call, "a number of layers of", L, len(theirs))
-        known = {id(parameter) for parameter in model.parameters()}
-        for layer in theirs:
-            for parameter in layer:
-                if id(parameter) not in known:
-                    raise Unusable(f"{call} gives something that is no parameter of the model")
+        check_compression_parameters(impl, settings, model)
+        call = "read(replace(state, slots))"
         if getattr(impl.adapter, "replace", None):  # as `needs` asks
-            call = "read(replace(state, slots))"
             handed = [Slots(torch.randn_like(mem), torch.randn_like(c_mem)) for mem, c_mem in slots]
             read = impl.read(impl.replace(state, handed))
-            for layer, again in zip(handed, read, strict=True):
-                for one, other in zip(layer, again, strict=True):
-                    need(call, "the slots handed to it:", True, torch.equal(one, other))
+            need(call, "the slots handed to it:", True, not any_differs(handed, read))
+        call = "weights()"
+        if getattr(impl.adapter, "weights", None):
+            check_weights(impl, settings, model)
+    except pytest.skip.Exception as skipped:
+        raise Unusable(f"{call}: {skipped.msg}, for {settings}") from None
     except Exception as error:
         raise_unusable(call, error)
+
+
+def need(call: str, what: str, expected: object, got: object) -> None:
+    if expected != got:
+        raise Unusable(f"{call} gives {what} {got}, expected {expected}")
+
+
+def check_step(impl: Implementation, settings: Settings, call: str, step: Step) -> None:
+    expected = [3, settings.segment, settings.vocab_size]
+    need(call, "logits of shape", expected, list(step.logits.shape))
+    need(call, "logits of dtype", impl.dtype, step.logits.dtype)
+    if not step.logits.isfinite().all():
+        raise Unusable(f"{call} gives logits that are not finite")
+
+
+def check_slots(settings: Settings, call: str, slots: list[Slots]) -> None:
+    need(call, "a number of layers of", settings.n_layers, len(slots))
+    for layer in slots:
+        for part in layer:
+            expected = [3, part.size(1), settings.d_model]
+            need(call, "slots of shape", expected, list(part.shape))
+
+
+def any_differs(some: list[Slots], others: list[Slots]) -> bool:
+    for layer, other in zip(some, others, strict=True):
+        for one, two in zip(layer, other, strict=True):
+            if not torch.equal(one, two):
+                return True
+    return False
+
+
+def check_compression_parameters(
+    impl: Implementation, settings: Settings, model: nn.Module
+) -> None:
+    call = "compression_parameters()"
+    theirs = impl.compression_parameters(model)
+    need(call, "a number of layers of", settings.n_layers, len(theirs))
+    known = {id(parameter) for parameter in model.parameters()}
+    for layer in theirs:
+        for parameter in layer:
+            if id(parameter) not in known:
+                raise Unusable(f"{call} gives something that is no parameter of the model")
+
+
+def check_weights(impl: Implementation, settings: Settings, model: nn.Module) -> None:
+    """Raise Unusable for a name or a shape that the loops do not know (`adapter.LAYER_WEIGHTS`)."""
+    call = "weights()"
+    weights = impl.adapter.weights(model)
+    if not isinstance(weights, dict) or "layers" not in weights:
+        raise Unusable(f"{call} gives a {described(weights)}, expected a dict with 'layers'")
+    need(call, "a number of layers of", settings.n_layers, len(weights["layers"]))
+    sizes = {
+        "V": settings.vocab_size,
+        "D": settings.d_model,
+        "H": settings.n_heads,
+        "c": settings.compression_rate,
+        "2": 2,
+        "3": 3,
+    }
+    whole = {name: value for name, value in weights.items() if name != "layers"}
+    named = [(MODEL_WEIGHTS, whole)]
+    named += [(LAYER_WEIGHTS, layer) for layer in weights["layers"]]
+    for known, given in named:
+        for name, value in given.items():
+            if name not in known:
+                raise Unusable(f"{call} names {name!r}; there are {', '.join(known)}")
+            check_shape(name, known[name], shape_of(value), sizes)
+
+
+def check_shape(name: str, letters: str, shape: list[int], sizes: dict[str, int]) -> None:
+    """A letter whose size is not known has that of its first appearance."""
+    expected: list[object] = []
+    for k, letter in enumerate(letters.split()):
+        if k < len(shape):
+            sizes.setdefault(letter, shape[k])
+        expected.append(sizes.get(letter, letter))
+    if shape != expected:
+        wanted = letters.replace(" ", ", ")
+        got = f"weights() gives {name!r} of shape {shape}"
+        raise Unusable(f"{got}, expected [{wanted}] = {expected}")
+
+
+def shape_of(value: Any) -> list[int]:
+    """Of a tensor or a list of tensors of one shape."""
+    if isinstance(value, Tensor):
+        return list(value.shape)
+    return [len(value), *shape_of(value[0])]

@@ -12,6 +12,16 @@ from .adapter import Declaration, Settings
 Vector = list[float]
 
 
+# What is often done instead, to tell by its result: each is a `mistake` that a step can make.
+NO_SCALE = "scores are not scaled by 1/sqrt(K)"
+TIMES_ROOT = "scores are scaled by sqrt(K) instead of 1/sqrt(K)"
+WIDE_SCALE = "scores are scaled by the whole width, 1/sqrt(D), instead of a head's"
+TRANSPOSED = "weights() gives matrices output x input; they are wanted as in y = x @ W"
+NEWEST_FIRST = "memories are attended to newest first"
+AFTER_ATTENTION = "the loss takes h after attention instead of the layer's input"
+MISTAKES = (NO_SCALE, TIMES_ROOT, WIDE_SCALE, TRANSPOSED, NEWEST_FIRST, AFTER_ATTENTION)
+
+
 class Result(NamedTuple):
     logits: list[Vector]
     mem: list[list[Vector]]  # a list of slots for each layer
@@ -80,7 +90,29 @@ def mix(weights: Vector, values: list[Vector]) -> Vector:
     return [dot(weights, list(column)) for column in zip(*values, strict=True)]
 
 
-def attend(w: dict, x: list[Vector], memory: list[Vector]) -> tuple[list[Vector], Any]:
+def scaled(score: float, width: int, heads: int, mistake: str) -> float:
+    if mistake == NO_SCALE:
+        return score
+    if mistake == TIMES_ROOT:
+        return score * math.sqrt(width)
+    if mistake == WIDE_SCALE:
+        return score / math.sqrt(width * heads)
+    return score / math.sqrt(width)
+
+
+def turned(w: dict) -> dict:
+    """The weights with square matrices transposed."""
+    other = {}
+    for name, value in w.items():
+        if name in ("query", "key", "value", "relative_key", "output"):
+            value = [list(column) for column in zip(*value, strict=True)]
+        other[name] = value
+    return other
+
+
+def attend(
+    w: dict, x: list[Vector], memory: list[Vector], mistake: str = ""
+) -> tuple[list[Vector], Any]:
     """Relative attention of the segment x over memory and itself."""
     heads = len(w["content_bias"])
     slots = memory + x
@@ -103,7 +135,7 @@ def attend(w: dict, x: list[Vector], memory: list[Vector]) -> tuple[list[Vector]
             for j in range(here + 1):
                 content = dot(to_content, head(keys[j], i, heads))
                 position = dot(to_position, head(relative[here - j], i, heads))
-                scores.append((content + position) / math.sqrt(len(q)))
+                scores.append(scaled(content + position, len(q), heads, mistake))
             given = softmax(scores)
             seen = [head(value, i, heads) for value in values[: here + 1]]
             attention[i].append(given)
@@ -176,7 +208,9 @@ def as_read(
     return [layer_norm(slot, w["norm1_weight"], w["norm1_bias"]) for slot in slots]
 
 
-def content_attention(w: dict, heads: int, x: list[Vector], slots: list[Vector]) -> list[Vector]:
+def content_attention(
+    w: dict, heads: int, x: list[Vector], slots: list[Vector], mistake: str = ""
+) -> list[Vector]:
     """Algorithm 2's attention: content alone, every slot seen, heads side by side."""
     keys = [times(slot, w["key"]) for slot in slots]
     values = [times(slot, w["value"]) for slot in slots]
@@ -188,7 +222,10 @@ def content_attention(w: dict, heads: int, x: list[Vector], slots: list[Vector])
         mixed: Vector = []
         for i in range(heads):
             q = head(query, i, heads)
-            scores = [dot(q, head(key, i, heads)) / math.sqrt(len(q)) for key in keys]
+            scores = []
+            for key in keys:
+                content = dot(q, head(key, i, heads))
+                scores.append(scaled(content, len(q), heads, mistake))
             seen = [head(value, i, heads) for value in values]
             mixed += mix(softmax(scores), seen)
         output.append(mixed)
@@ -204,19 +241,27 @@ def squares(a: list[Vector], b: list[Vector]) -> tuple[float, int]:
 
 
 def compression_loss(
-    declared: Declaration, settings: Settings, w: dict, h: list[Vector], old: Any, new: Any
+    declared: Declaration,
+    settings: Settings,
+    w: dict,
+    h: list[Vector],
+    old: Any,
+    new: Any,
+    mistake: str = "",
 ) -> tuple[float, int]:
     """Of one row and layer, on slots as they are stored, the squares to `reduce`; none for a
     function without parameters."""
-    if settings.compression not in ("conv", "dilated_conv") or not old:
+    if settings.compression in ("mean_pool", "max_pool", "most_used") or not old:
         return 0.0, 0
     if settings.compression_loss == "attention":
         x = as_read(declared, settings, w, h)
         over_old = as_read(declared, settings, w, old)
         over_new = as_read(declared, settings, w, new)
         heads = settings.n_heads
-        target = content_attention(w, heads, x, over_old)
-        return squares(target, content_attention(w, heads, x, over_new))
+        if mistake == TRANSPOSED:
+            w = turned(w)
+        target = content_attention(w, heads, x, over_old, mistake)
+        return squares(target, content_attention(w, heads, x, over_new, mistake))
     if settings.compression_loss == "autoencoding":
         read_back = []
         for slot in new:
@@ -244,6 +289,34 @@ def reduce(declared: Declaration, rows: list[list[tuple[float, int]]]) -> float:
     return loss
 
 
+def evict(
+    declared: Declaration, settings: Settings, held: list[Vector], usage: Vector
+) -> tuple[list[Vector], Vector, list[Vector]]:
+    """Of what memory holds the block that is compressed, its usage, and what stays."""
+    c = settings.compression_rate
+    most = settings.mem_len
+    leaving = max(0, len(held) - most)
+    if settings.c_mem_len == 0:
+        return [], [], held[leaving:]
+    if declared.overflow in ("round_up", "divisible"):
+        leaving = 0
+        while len(held) - leaving > most:
+            leaving += c
+    if declared.overflow == "keep":
+        leaving = 0
+        while len(held) - leaving - c >= most:
+            leaving += c
+    old = held[:leaving]
+    of_old = usage[:leaving]
+    while declared.overflow == "pad" and len(old) % c != 0:
+        old = [[0.0] * len(held[0]), *old]
+        of_old = [0.0, *of_old]
+    while declared.overflow == "drop" and len(old) % c != 0:
+        old = old[:-1]
+        of_old = of_old[:-1]
+    return old, of_old, held[leaving:]
+
+
 def layer_step(
     declared: Declaration,
     settings: Settings,
@@ -251,6 +324,7 @@ def layer_step(
     h: list[Vector],
     mem: list[Vector],
     c_mem: list[Vector],
+    mistake: str = "",
 ) -> tuple[list[Vector], list[Vector], list[Vector], Any, tuple[float, int]]:
     def norm1(x: list[Vector]) -> list[Vector]:
         return [layer_norm(a, w["norm1_weight"], w["norm1_bias"]) for a in x]
@@ -262,35 +336,35 @@ def layer_step(
         inner = relu(add(times(x, w["ff1_weight"]), w["ff1_bias"]))
         return add(times(inner, w["ff2_weight"]), w["ff2_bias"])
 
-    slots = as_read(declared, settings, w, c_mem + mem)
+    attended_to = c_mem + mem
+    if mistake == NEWEST_FIRST:
+        attended_to = c_mem[::-1] + mem[::-1]
+    of_attention = turned(w) if mistake == TRANSPOSED else w
+    slots = as_read(declared, settings, w, attended_to)
     if settings.norm_first:
         x = norm1(h)
-        mixed, attention = attend(w, x, slots)
+        mixed, attention = attend(of_attention, x, slots, mistake)
         between = add_all(h, mixed)
         output = add_all(between, [feed_forward(a) for a in norm2(between)])
     else:
         x = h
-        mixed, attention = attend(w, x, slots)
+        mixed, attention = attend(of_attention, x, slots, mistake)
         between = norm1(add_all(h, mixed))
         output = norm2(add_all(between, [feed_forward(a) for a in between]))
 
     stored = h if declared.storage == "raw" else x
     held = mem + stored
     usage = average_usage(attention, len(c_mem) + len(held))[len(c_mem) :]
-    old: list[Vector] = []
-    leave = settings.compression_rate if settings.c_mem_len > 0 else 1
-    while len(held) > settings.mem_len:
-        if settings.c_mem_len > 0:
-            old += held[:leave]
-        held = held[leave:]
+    old, of_old, stays = evict(declared, settings, held, usage)
     new: list[Vector] = []
     if old:
-        new = compress(settings.compression, w, old, usage, settings.compression_rate)
+        new = compress(settings.compression, w, old, of_old, settings.compression_rate)
     compressed = c_mem + new
     while len(compressed) > settings.c_mem_len:
         compressed = compressed[1:]
-    loss = compression_loss(declared, settings, w, stored, old, new)
-    return output, held, compressed, attention, loss
+    queries = between if mistake == AFTER_ATTENTION else stored
+    loss = compression_loss(declared, settings, w, queries, old, new, mistake)
+    return output, stays, compressed, attention, loss
 
 
 def step(
@@ -300,15 +374,19 @@ def step(
     tokens: list[int],
     mem: list[list[Vector]],
     c_mem: list[list[Vector]],
+    mistake: str = "",
 ) -> Result:
     h = [weights["embedding"][token] for token in tokens]
     result = Result([], [], [], [], [])
     for i, w in enumerate(weights["layers"]):
-        h, m, cm, attention, loss = layer_step(declared, settings, w, h, mem[i], c_mem[i])
+        output, m, cm, attention, loss = layer_step(
+            declared, settings, w, h, mem[i], c_mem[i], mistake
+        )
         result.mem.append(m)
         result.c_mem.append(cm)
         result.attention.append(attention)
         result.squares.append(loss)
+        h = output
     if settings.norm_first:
         h = [layer_norm(x, weights["norm_weight"], weights["norm_bias"]) for x in h]
     for x in h:

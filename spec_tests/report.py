@@ -5,7 +5,6 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import IO, Any
 
 import hypothesis
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from .adapter import Settings
-from .implementation import Implementation
+from .implementation import Implementation, place_of
 from .rules import DESIGN, RULES, VERSION
 from .summary import VERDICTS, badge, markdown
 from .support import Broken, Case
@@ -29,6 +28,11 @@ def rules_of(test: str) -> list[str]:
     return [rule.replace("_", "-") for rule in found]
 
 
+def is_blunt(name: str) -> bool:
+    """Whether a test is about so much that a sharper one, which fails too, says more."""
+    return len(rules_of(name.split("::")[-1])) > 2
+
+
 def code(value: Any) -> str:
     """A drawn value as one would type it."""
     if isinstance(value, Case):
@@ -39,16 +43,10 @@ def code(value: Any) -> str:
     return repr(value)
 
 
-def place_of(error: BaseException) -> str:
-    """Where an error was raised: the last line that is neither torch's nor the suite's."""
-    places, trace = [], error.__traceback__
-    while trace is not None:
-        file = Path(trace.tb_frame.f_code.co_filename)
-        own = Path(__file__).parent
-        if not {"torch", "hypothesis", "_pytest"} & set(file.parts) and file.parent != own:
-            places.append(f"{file}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}")
-        trace = trace.tb_next
-    return places[-1] if places else "an unknown place"
+def broken_rules(name: str, error: BaseException) -> list[str]:
+    """Those of a test's rules that its failure is about."""
+    rule = getattr(error, "rule", None)
+    return [rule] if rule else rules_of(name)
 
 
 def explain(
@@ -57,23 +55,29 @@ def explain(
     """Everything that helps: the rule, what was expected and what came, the settings, the likely
     causes, and how to see it again, with these options."""
     drawn = getattr(error, "drawn", {})
-    lines = [f"{rule} ({RULES[rule].level}): {RULES[rule].sentence}" for rule in rules_of(name)]
+    rules = broken_rules(name, error)
+    lines = [f"{rule} ({RULES[rule].level}): {RULES[rule].sentence}" for rule in rules]
     if isinstance(error, Broken):
         lines += [f"  looked at  {error.what}", f"  expected   {error.expected}"]
         lines += [f"  got        {error.got}"]
     else:
         said = str(error).strip().splitlines() or [""]
         lines += [f"  raised     {type(error).__name__}: {said[0]}"]
-        lines += [f"  in         {place_of(error)}"]
+        lines += [f"  in         {place_of(error) or 'an unknown place'}"]
     lines += [f"  with       {name} = {code(value)}" for name, value in drawn.items()]
     if isinstance(error, Broken) and error.cause:
         lines.append(f"  cause      {error.cause} (that is exactly what came)")
+    elif not isinstance(error, Broken) and place_of(error):  # it has its place, and no perhaps
+        lines.append("  or         no model can have these settings: then build() may say so")
     else:
-        causes = [cause for rule in rules_of(name) for cause in RULES[rule].causes]
+        causes = [cause for rule in rules for cause in RULES[rule].causes]
         lines += [f"  perhaps    {cause}" for cause in causes]
-        fields = [DESIGN[rule] for rule in rules_of(name) if rule in DESIGN]
+        fields: list[str] = []
+        for rule in rules:
+            fields += DESIGN.get(rule, ())
         if fields:
-            lines += [f"  or         it is meant so: then declare {', '.join(fields)}"]
+            named = ", ".join(dict.fromkeys(fields))
+            lines += [f"  or         it is meant so: then declare {named}"]
     arguments = [repr(name), repr(impl.path), *(f"{k}={code(v)}" for k, v in drawn.items())]
     arguments += [f"{option}={value!r}" for option, value in options.items()]
     lines += [
@@ -126,14 +130,15 @@ class SpecReport:
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         rules = rules_of(item.name)
-        reasons = self.reasons(self.impl.declared.not_claimed, item.name)
+        declared = self.impl.declared.not_claimed
+        reasons = [self.reason(declared, item.name, rule) for rule in rules]
         if rules and all(reasons):
             pytest.skip(reasons[0])
 
     @staticmethod
-    def reasons(declared: Mapping[str, str], test: str) -> list[str | None]:
-        """What is declared of each of a test's rules, or of the test by its name."""
-        return [declared.get(test) or declared.get(rule) for rule in rules_of(test)]
+    def reason(declared: Mapping[str, str], test: str, rule: str) -> str | None:
+        """What is declared of a test by its name, or of the rule."""
+        return declared.get(test) or declared.get(rule)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
@@ -141,22 +146,35 @@ class SpecReport:
         rules = rules_of(item.name)
         if not rules or (report.when != "call" and report.outcome == "passed"):
             return report
-        message = ""
-        outcome = report.outcome
-        if outcome == "failed":
-            message = explain(item.name, call.excinfo.value, self.impl, self.other_options())
+        seconds = round(call.duration, 3)
+        if report.outcome == "failed":
+            error = call.excinfo.value
+            message = explain(item.name, error, self.impl, self.other_options())
             report.longrepr = message
-            known = self.reasons(self.impl.declared.known, item.name)
+            about = broken_rules(item.name, error)
+            for rule in rules:
+                if rule in about:
+                    self.add(rule, item.name, "failed", seconds, message)
+                else:
+                    first = f"where {about[0]} fails first, it does not come to this"
+                    self.add(rule, item.name, "skipped", seconds, first)
+            known = [self.reason(self.impl.declared.known, item.name, rule) for rule in about]
             if all(known):
                 report.outcome = "skipped"
                 report.wasxfail = known[0]
-        elif outcome == "skipped":
-            message = str(call.excinfo.value)
-        check = {"name": item.name, "outcome": outcome, "seconds": round(call.duration, 3)}
-        check["message"] = message
-        for rule in rules:
-            self.checks[rule].append(check)
+        elif report.outcome == "skipped":
+            for rule in rules:
+                reason = self.reason(self.impl.declared.not_claimed, item.name, rule)
+                self.add(rule, item.name, "skipped", seconds, reason or call.excinfo.value.msg)
+        else:
+            for rule in rules:
+                self.add(rule, item.name, "passed", seconds, self.impl.left_out)
+        self.impl.left_out = ""
         return report
+
+    def add(self, rule: str, name: str, outcome: str, seconds: float, message: str) -> None:
+        check = {"name": name, "outcome": outcome, "seconds": seconds, "message": message}
+        self.checks[rule].append(check)
 
     def verdict(self, rule: str) -> tuple[str, str]:
         """The verdict on a rule, and its reason."""
@@ -165,7 +183,7 @@ class SpecReport:
         if not checks:
             return "NOT RUN", ""
         messages: dict[str, dict[str, str]] = {"passed": {}, "failed": {}, "skipped": {}}
-        for check in checks:
+        for check in sorted(checks, key=lambda check: is_blunt(check["name"])):
             messages[check["outcome"]][check["name"]] = check["message"]
         passed = messages["passed"]
         failed = messages["failed"]
@@ -181,12 +199,16 @@ class SpecReport:
             return "UNEXPECTED PASS", f"declared as known: {as_known[0]}"
         if failed:
             return "KNOWN", "; ".join(dict.fromkeys(known.values()))
-        if not passed:
-            return "NOT CLAIMED", next(iter(skipped.values()))
-        if not skipped:
-            return "PASS", ""
         reasons = "; ".join(dict.fromkeys(skipped.values()))
-        return "PASS", f"{len(skipped)} of {len(checks)} checks not claimed: {reasons}"
+        if not passed:
+            return "NOT CLAIMED", reasons
+        said = []
+        if skipped:
+            said.append(f"{len(skipped)} of {len(checks)} checks not claimed: {reasons}")
+        for left_out in passed.values():
+            if left_out:
+                said.append(f"without {left_out}")
+        return "PASS", "; ".join(said)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         verdicts = {rule: self.verdict(rule) for rule in RULES if self.checks[rule]}
@@ -214,6 +236,9 @@ class SpecReport:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None:  # what fails in many rules says the least of any
+            terminal.stats.get("failed", []).sort(key=lambda report: is_blunt(report.nodeid))
         unexpected = any(self.verdict(rule)[0] == "UNEXPECTED PASS" for rule in RULES)
         if unexpected and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,20 +1,23 @@
 """What the tests of the rules are written with: examples to draw, comparisons that explain, and
 the bookkeeping of which token is where."""
 
+import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .adapter import COMPRESSIONS, LOSSES, Declaration, Settings
-from .implementation import CPU, Implementation, Slots, not_claimed
+from .adapter import COMPRESSIONS, LOSSES, OTHER, Declaration, Settings
+from .implementation import CPU, Implementation, Slots, Unusable, not_claimed, raise_unusable
 
-PARAMETRIC = ("conv", "dilated_conv")  # the compression functions that a loss trains
+PARAMETRIC = ("conv", "dilated_conv", OTHER)  # the compression functions that a loss trains
 STRIDED = ("conv", "mean_pool", "max_pool")  # slot k is a function of block k alone
 WHOLE = ("conv", "mean_pool")  # and of all of it
 
@@ -106,11 +109,12 @@ def cases(
     settings are not drawn (a tuple: drawn from); `zeros` allows memories of length 0.
     Lengths are multiples of c if `divisible`, and, where an implementation has its own way with
     what c does not divide, in all checks but those of that way (`rest`), where none is. Memories
-    are long enough to read a step's inputs from them if `readable` (see `joined`)."""
+    are often long enough to read a step's inputs from them if `readable` (see `joined`)."""
 
     def strategy(impl: Implementation) -> st.SearchStrategy[Case]:
         declared = impl.declared
-        compressions = allowed(fixed, "compression", COMPRESSIONS, declared.compressions)
+        offered = (*COMPRESSIONS, OTHER)
+        compressions = allowed(fixed, "compression", offered, declared.compressions)
         losses = allowed(fixed, "compression_loss", LOSSES, declared.compression_losses)
         norms = tuple(norm == "pre" for norm in declared.norms)
         norms_first = allowed(fixed, "norm_first", (True, False), norms)
@@ -118,6 +122,8 @@ def cases(
             not_claimed("mem_len is at least 1")
         if fixed.get("c_mem_len") == 0 and declared.c_mem_len == "one":
             not_claimed("c_mem_len is at least 1")
+        if fixed.get("c_mem_len") == 0 and not may_lack_blocks(declared):
+            not_claimed("c_mem_len is at least a block's slots")
         own_way = declared.overflow in ("pad", "drop")
         only_rests = own_way and rest
         multiples = divisible or (own_way and not rest)
@@ -156,8 +162,10 @@ def cases(
                 schedule = [draw(lengths)] * draw(st.integers(*steps))
             else:
                 schedule = draw(st.lists(lengths, min_size=steps[0], max_size=steps[1]))
-            if readable and declared.start == "zeros":
-                settings = settings._replace(mem_len=max(*schedule, settings.mem_len))
+            only_from_memory = declared.start == "zeros" and declared.segments != "any"
+            if readable and (only_from_memory or draw(st.booleans())):
+                least = max(schedule) + rate - 1  # so many stay, whatever leaves
+                settings = settings._replace(mem_len=max(least, settings.mem_len))
             return fit(declared, settings, schedule, multiples)
 
         return draw_case()
@@ -170,30 +178,37 @@ def fit(
 ) -> Case:
     """The nearest settings and schedule that the implementation supports."""
     c = settings.compression_rate
+    if declared.segments == "rate":
+        schedule = [max(T, c) for T in schedule]
     if divisible or declared.overflow == "divisible":
         schedule = [round_up(T, c) for T in schedule]
-        settings = settings._replace(mem_len=round_up(settings.mem_len, c))
+        if divisible or declared.start == "empty":  # full ones overflow by T, whatever their length
+            settings = settings._replace(mem_len=round_up(settings.mem_len, c))
     settings = settings._replace(segment=max(schedule))
+    if declared.c_mem_len == "one" and settings.c_mem_len == 0:
+        settings = settings._replace(c_mem_len=1)
 
-    least = 0
-    if declared.mem_len == "one":
-        least = 1
-    if declared.mem_len == "segment":
-        least = settings.segment
+    least = {"any": 0, "one": 1, "rate": c, "segment": settings.segment}[declared.mem_len]
     if declared.overflow == "round_up" and settings.c_mem_len > 0:
         least = max(least, c - 1)
     if settings.mem_len < least:
         settings = settings._replace(mem_len=least)
 
-    if declared.c_mem_len == "one" and settings.c_mem_len == 0:
-        settings = settings._replace(c_mem_len=1)
     blocks = settings.mem_len // c
     if declared.c_mem_len == "block" and settings.c_mem_len < blocks:
-        if settings.c_mem_len == 0:  # no block, then
+        if settings.c_mem_len == 0 and may_lack_blocks(declared):
             settings = settings._replace(compression_rate=settings.mem_len + 1)
         else:
             settings = settings._replace(c_mem_len=blocks)
     return Case(settings, schedule)
+
+
+def may_lack_blocks(declared: Declaration) -> bool:
+    """Whether memory can be too short for a block, so that no compressed memory is long enough."""
+    if declared.c_mem_len != "block":
+        return True
+    needs_blocks = "rate" in (declared.segments, declared.mem_len)
+    return not needs_blocks and declared.overflow != "divisible"
 
 
 def round_up(length: int, c: int) -> int:
@@ -201,25 +216,104 @@ def round_up(length: int, c: int) -> int:
     return -(-length // c) * c
 
 
-def check(**strategies: Any) -> Callable:
+def supported(impl: Implementation) -> Settings:
+    """Small settings that the implementation can follow, for a step of 4 tokens."""
+    declared = impl.declared
+    settings = Settings(
+        compression=declared.compressions[0],
+        compression_loss=declared.compression_losses[0],
+        norm_first=declared.norms[0] == "pre",
+    )
+    settings, _ = fit(declared, settings, [4])
+    choices = itertools.product(
+        (settings.n_heads, 1),
+        (settings.mem_len, 8, 0),
+        (settings.c_mem_len, 8),
+        (settings.compression_rate, 4, 1),
+    )
+    for heads, mem_len, c_mem_len, rate in choices:
+        another = settings._replace(
+            n_heads=heads,
+            mem_len=mem_len,
+            c_mem_len=c_mem_len,
+            compression_rate=rate,
+        )
+        found, _ = fit(declared, another, [4])
+        try:
+            if impl.adapter.build(found) is not NotImplemented:
+                return found
+        except Exception as error:
+            raise_unusable("build()", error)
+    raise Unusable(f"build() gives NotImplemented, as for {settings} and settings near it")
+
+
+class Examples:
+    """What became of the examples of a check."""
+
+    def __init__(self) -> None:
+        self.ran = 0
+        self.failed = False
+        self.left_out: Counter[str] = Counter()  # why, and how often
+
+    def said(self) -> str:
+        """Which were left out, and why."""
+        if not self.left_out:
+            return ""
+        reasons = ", ".join(reason for reason, _ in self.left_out.most_common())
+        return f"{self.left_out.total()} of {self.left_out.total() + self.ran} examples: {reasons}"
+
+    def too_few(self) -> bool:
+        """Whether what ran is no ground for a verdict."""
+        return self.ran < self.left_out.total() / 10
+
+
+def check(share: int = 1, **strategies: Any) -> Callable:
     """Make a function of an implementation and drawn values a test: Hypothesis's `given`, with
     strategies that may depend on the implementation (`cases`), under the profile loaded when it is
-    called; the values of a failing example go with its exception, for the report."""
+    called; the values of a failing example go with its exception, for the report.
+
+    What is not claimed in an example, or compares nothing there, leaves out that example, and
+    another is drawn; a check with too few left is not claimed. One that looks at much in each has
+    only a `share` of the examples, a half, a third."""
 
     def decorate(body: Callable) -> Callable:
         def test(impl: Implementation) -> None:
+            examples = Examples()
+            count = math.ceil(hypothesis.settings().max_examples / share)
+            most = 3 * count
+
             def example(**drawn: Any) -> None:
+                if examples.left_out.total() >= most and not examples.failed:
+                    return  # there will be no others
+                before = compared.total()
                 try:
                     body(impl, **drawn)
+                except pytest.skip.Exception as skipped:
+                    examples.left_out[skipped.msg] += 1
+                    hypothesis.reject()
                 except Exception as error:
+                    examples.failed = True
                     error.drawn = drawn
                     raise
+                if compared.total() == before:
+                    examples.left_out["there is nothing to compare"] += 1
+                    hypothesis.reject()
+                examples.ran += 1
 
             made = {}
             for name, strategy in strategies.items():
                 made[name] = strategy(impl) if callable(strategy) else strategy
             run = hypothesis.given(**made)(example)
-            hypothesis.seed(torch_random.shift)(run)()
+            impl.left_out = ""
+            try:
+                run = hypothesis.settings(max_examples=count)(run)
+                hypothesis.seed(torch_random.shift)(run)()
+            except hypothesis.errors.Unsatisfiable:
+                pass  # all were left out
+            impl.left_out = examples.said()
+            if examples.too_few():
+                reasons = examples.left_out.most_common()
+                not_claimed(reasons[0][0] if examples.ran == 0 else examples.said())
 
         test.__name__ = body.__name__
         test.__doc__ = body.__doc__
@@ -246,10 +340,15 @@ class Broken(AssertionError):
         self.expected = expected
         self.got = got
         self.cause = cause
+        self.rule: str | None = None  # of the check's rules the one that it is about, if it is one
+
+
+compared: Counter[str] = Counter()  # comparisons made, so that an example without any shows
 
 
 def holds(ok: object, what: str, expected: object, got: object, cause: str | None = None) -> None:
     """Raise Broken unless `ok`."""
+    compared["truths"] += 1
     if not ok:
         raise Broken(what, str(expected), str(got), cause)
 
@@ -263,7 +362,9 @@ def close(
 ) -> None:
     """Raise Broken unless the tensors are equal up to the tolerance, relative to the larger of 1
     and the largest entry expected. `causes` are what a likely fault would have given."""
-    holds(got.shape == expected.shape, f"{what}, its shape", list(expected.shape), list(got.shape))
+    if got.shape != expected.shape:
+        holds(False, f"{what}, its shape", list(expected.shape), list(got.shape))
+    compared["entries"] += got.numel()
     if same(got, expected, tolerance):
         return
     cause = None
@@ -321,31 +422,58 @@ def random_slots(impl: Implementation, settings: Settings, batch: int, mem: int,
     return [Slots(one(mem), one(c_mem)) for _ in range(settings.n_layers)]
 
 
+def after_step(
+    declared: Declaration, settings: Settings, mem: int, c_mem: int, T: int
+) -> tuple[int, int, int]:
+    """By the rule: how many slots a layer holds after a step, and how many of them are new ones of
+    compressed memory."""
+    blocks, leave = evicted(declared, settings, mem + T)
+    made = len(blocks)
+    return mem + T - leave, min(c_mem + made, settings.c_mem_len), made
+
+
 def filled(impl: Implementation, model: Any, settings: Settings, T: int, batch: int = 2) -> Any:
-    """A state after steps of T tokens, the same in every row, that has full memories and from
-    which the next such step compresses."""
-    reach = settings.mem_len + settings.compression_rate * (settings.c_mem_len + 1)
+    """A state after steps of T tokens, the same in every row: as many as the rule needs for
+    memories that are full, and from which the next such step compresses."""
     state = impl.start(model, batch)
+    mem = 0
+    c_mem = 0
+    if impl.declared.start == "zeros":
+        mem = settings.mem_len
+        c_mem = settings.c_mem_len
+    reach = settings.mem_len + settings.compression_rate * (settings.c_mem_len + 1)
     fed = 0
-    with torch.no_grad():
-        while True:
-            held = impl.read(state)[0].mem.size(1) + T
-            _, leave = evicted(impl.declared, settings, held)
-            if fed >= reach and leave > 0:
-                return state
-            what = f"slots of memory after {fed} tokens, once {T} more join"
-            holds(fed < 10 * (reach + T), what, f"more than {settings.mem_len}", held)
-            segment = tokens(settings, 1, T).expand(batch, T)
+    while fed < reach or evicted(impl.declared, settings, mem + T)[1] == 0:
+        segment = tokens(settings, 1, T).expand(batch, T)
+        with torch.no_grad():
             state = impl.step(model, segment, state).state
-            fed += T
+        mem, c_mem, _ = after_step(impl.declared, settings, mem, c_mem, T)
+        fed += T
+    return state
+
+
+def overflowing(impl: Implementation, model: Any, settings: Settings, T: int) -> Any:
+    """The same, for a check of what is compressed then: memory holds what it should have by now,
+    so that the next step overflows."""
+    state = filled(impl, model, settings, T)
+    most = settings.mem_len
+    if impl.declared.overflow == "keep":
+        most += settings.compression_rate - 1
+    for i, layer in enumerate(impl.read(state)):
+        held = layer.mem.size(1)
+        what = f"slots of memory in layer {i} after {T} tokens a step, more than memories take"
+        holds(held <= most, what, f"at most {most}", held)
+        overflows = held + T > settings.mem_len
+        holds(overflows, what, f"more than {settings.mem_len - T}", held)
+    return state
 
 
 def in_some_draw(expected: Tensor, differs: Callable[[], Tensor]) -> Tensor:
-    """What differs in any of up to three draws of the parameters: where there is an influence, it
-    may be lost in the rounding of one draw (attention of 1e-20); where there is none, none shows
-    in any."""
+    """What differs in any of several draws of the parameters: where there is an influence, it may
+    be lost in one draw (attention of 1e-20, a ReLU that leaves two tokens alike); where there is
+    none, none shows in any."""
     found = torch.zeros_like(expected)
-    for _ in range(3):
+    for _ in range(10):
         found |= differs()
         if (found | ~expected).all():
             break
@@ -353,8 +481,8 @@ def in_some_draw(expected: Tensor, differs: Callable[[], Tensor]) -> Tensor:
 
 
 def longer_memory(impl: Implementation, model: Any, case: Case) -> Any:
-    """A twin of the model with a memory that nothing leaves; none where memories are always full,
-    which those of the model would not be for it."""
+    """A twin of the model with a memory that nothing leaves; none where memories are always full
+    (those of the model would not be that for it), or where its parameters would differ in shape."""
     if impl.declared.start == "zeros":
         return None
     longer = case.settings._replace(mem_len=1000)
@@ -362,21 +490,61 @@ def longer_memory(impl: Implementation, model: Any, case: Case) -> Any:
 
 
 def joined(
-    impl: Implementation, long: Any, segment: Tensor, state: Any, after: Any = None
-) -> list[Tensor] | None:
+    impl: Implementation,
+    model: Any,
+    settings: Settings,
+    long: Any,
+    segment: Tensor,
+    state: Any,
+    after: Any,
+) -> list[Tensor]:
     """For each layer what memory holds once the layer's input has joined it: read from `long`, a
     twin with a memory that nothing leaves (what a layer does in a step does not depend on mem_len),
-    or, where there can be no twin, from the newest slots of the state after the step."""
-    if long is not None:
-        step = impl.step(long, segment, state)
-        return [slots.mem for slots in impl.read(step.state)]
+    or, where there can be no twin, from what is newest in memory after the step."""
+    before = [layer.mem for layer in impl.read(state)]
     T = segment.size(1)
-    held = []
-    for old, new in zip(impl.read(state), impl.read(after), strict=True):
-        if new.mem.size(1) < T:
-            not_claimed("its inputs cannot be read from its memory")
-        held.append(torch.cat([old.mem, newest(new.mem, T)], dim=1))
+    if long is None:
+        inputs = inputs_from_memory(impl, model, settings, segment, state, after)
+        return [torch.cat(parts, dim=1) for parts in zip(before, inputs, strict=True)]
+    step = impl.step(long, segment, state)
+    held = [layer.mem for layer in impl.read(step.state)]
+    for i, (old, new) in enumerate(zip(before, held, strict=True)):
+        what = f"slots of layer {i}'s memory, {old.size(1)} and {T} more, if nothing leaves it"
+        holds(new.size(1) == old.size(1) + T, what, old.size(1) + T, new.size(1))
     return held
+
+
+def inputs_from_memory(
+    impl: Implementation,
+    model: Any,
+    settings: Settings,
+    segment: Tensor,
+    state: Any,
+    after: Any,
+) -> list[Tensor]:
+    """For each layer its inputs in a step. Those of the last tokens are the newest slots after it;
+    those of earlier ones are so after a shorter step, since no token moves what was before it."""
+    before = [layer.mem.size(1) for layer in impl.read(state)]
+    missing = segment.size(1)
+    inputs: list[list[Tensor]] = [[] for _ in before]
+    while missing > 0:
+        if missing < segment.size(1):
+            if impl.declared.segments != "any":
+                not_claimed("memory keeps less than a step's inputs, and no step may be shorter")
+            after = impl.step(model, segment[:, :missing], state).state
+        kept = missing
+        for i, (old, layer) in enumerate(zip(before, impl.read(after), strict=True)):
+            expected, _, _ = after_step(impl.declared, settings, old, 0, missing)
+            held = layer.mem.size(1)
+            what = f"slots of memory in layer {i} after a step of {missing}, of {old} before it"
+            holds(held >= expected, what, expected, held)
+            kept = min(kept, held)
+        if kept == 0:
+            not_claimed("memory keeps nothing of a step's inputs")
+        for i, layer in enumerate(impl.read(after)):
+            inputs[i].insert(0, newest(layer.mem, kept))
+        missing -= kept
+    return [torch.cat(parts, dim=1) for parts in inputs]
 
 
 def newest(x: Tensor, n: int) -> Tensor:
@@ -400,6 +568,9 @@ def evicted(
         old = [None] * padding + old
     elif declared.overflow == "drop":
         old = old[: overflow - overflow % c]
+    elif declared.overflow == "keep":
+        leave = overflow - overflow % c
+        old = old[:leave]
     else:
         leave = round_up(overflow, c)
         old = list(range(leave))

@@ -1,16 +1,21 @@
 """ATT: what attention sees, and at which distance."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from . import oracle
-from .implementation import Implementation, Slots, not_claimed
+from .adapter import OTHER, Settings
+from .implementation import Implementation, Slots, Step, not_claimed
 from .support import (
     PARAMETRIC,
     WHOLE,
+    Broken,
     Case,
     cases,
     changed,
@@ -20,8 +25,10 @@ from .support import (
     fit,
     holds,
     in_some_draw,
+    newest,
     random_slots,
     round_up,
+    same,
     tokens,
 )
 
@@ -33,48 +40,63 @@ class Logits(NamedTuple):
     other: Tensor
 
 
-def of_changed_tokens(impl: Implementation, case: Case) -> Logits:
-    """For a segment after full memories."""
+def of_changed_tokens(impl: Implementation, case: Case, full: bool = True) -> Logits:
+    """For a segment after full memories, or for the first of all."""
     settings, (T,) = case
     model = impl.build(settings)
     text = tokens(settings, 1, T)
-    state = filled(impl, model, settings, T, batch=T)
+    state = filled(impl, model, settings, T, batch=T) if full else impl.start(model, T)
     with torch.no_grad():
         plain = impl.step(model, text.expand(T, T), state)
         other = impl.step(model, changed(text, settings.vocab_size), state)
     return Logits(plain.logits, other.logits)
 
 
-@check(case=cases(steps=(1, 1)))
-def test_ATT_1_a_changed_token_changes_nothing_before_it(impl: Implementation, case: Case):
+@check(case=cases(steps=(1, 1), shortest=2), full=st.booleans())
+def test_ATT_1_a_changed_token_changes_nothing_before_it(
+    impl: Implementation, case: Case, full: bool
+):
     _, (T,) = case
-    plain, other = of_changed_tokens(impl, case)
+    plain, other = of_changed_tokens(impl, case, full)
+    behind = "full memories" if full else "the start"
     for i in range(T):
-        what = f"logits before position {i}, once the token there is another, of a segment of {T}"
+        what = f"logits before position {i} of {T} after {behind}, the token there another"
         close(what, other[i, :i], plain[i, :i])
 
 
-@check(case=cases(steps=(1, 1), vocab_size=30))
-def test_ATT_1_the_derivative_by_later_tokens_is_zero(impl: Implementation, case: Case):
+@check(case=cases(steps=(1, 1), shortest=2, vocab_size=30), full=st.booleans())
+def test_ATT_1_the_derivative_by_later_tokens_is_zero(impl: Implementation, case: Case, full: bool):
     """By the rows of the embedding, if there is one."""
     settings, (T,) = case
     model = impl.build(settings)
-    embedding = None
-    for module in model.modules():
-        is_one = isinstance(module, nn.Embedding) and module.num_embeddings == settings.vocab_size
-        if is_one and embedding is None:
-            embedding = module
-    if embedding is None:
-        not_claimed("has no nn.Embedding of its tokens")
-    state = filled(impl, model, settings, T)
+    parameter, layout = embedding_of(impl, model, settings)
+    state = filled(impl, model, settings, T) if full else impl.start(model, 2)
     text = torch.randperm(settings.vocab_size)[:T]
     logits = impl.step(model, text.expand(2, T), state).logits
     for t in range(T):
-        (gradient,) = torch.autograd.grad(
-            logits[0, t].square().sum(), embedding.weight, retain_graph=True
-        )
-        of_later = gradient[text[t + 1 :]]
+        square = logits[0, t].square().sum()
+        (gradient,) = torch.autograd.grad(square, parameter, retain_graph=True)
+        rows = gradient.contiguous().as_strided(*layout)
+        of_later = rows[text[t + 1 :]]
         close(f"derivative of the logits at {t} by later tokens", of_later, 0 * of_later)
+
+
+def embedding_of(
+    impl: Implementation, model: nn.Module, settings: Settings
+) -> tuple[nn.Parameter, tuple]:
+    """The parameter, and the shape and strides under which its row i is that of token i."""
+    for module in model.modules():
+        is_one = isinstance(module, nn.Embedding) and module.num_embeddings == settings.vocab_size
+        if is_one:
+            return module.weight, (module.weight.shape, module.weight.stride())
+    named: dict = {}
+    if getattr(impl.adapter, "weights", None):
+        named = impl.weights(model)
+    table = named.get("embedding")
+    for parameter in model.parameters():
+        if table is not None and parameter.data_ptr() == table.data_ptr():
+            return parameter, (table.shape, table.stride())
+    return not_claimed("has no nn.Embedding of its tokens, and weights() names none")
 
 
 @check(case=cases(steps=(1, 1)))
@@ -128,6 +150,52 @@ def test_ATT_2_every_slot_reaches_every_logit(impl: Implementation, case: Case):
             holds(reached[row, t], f"{what}, at position {t}", "others", "the same")
 
 
+@check(case=cases(steps=(1, 1), longest=1, n_layers=1))
+def test_ATT_2_a_token_sees_itself(impl: Implementation, case: Case):
+    """If it did not, it would get the same from a slot that is there once as from two of it."""
+    settings = as_short_as_can_be(impl, case)
+
+    def differs() -> Tensor:
+        model = impl.build(settings)
+        text = tokens(settings, 1, *case.schedule)
+        slot = torch.randn(1, 1, settings.d_model, dtype=impl.dtype)
+        c_mem = slot.expand(-1, settings.c_mem_len, -1)
+        found = []
+        for mem_len in (settings.mem_len, settings.mem_len + 1):
+            slots = Slots(slot.expand(-1, mem_len, -1), c_mem)
+            one, state = behind(impl, model, settings, [slots])
+            found.append(impl.step(one, text, state).logits[:, 0])
+        return (found[0] - found[1]).abs().amax().reshape(1) > impl.tolerance
+
+    seen = in_some_draw(torch.ones(1, dtype=torch.bool), differs)
+    what = "logits of a first token behind a slot, once that slot is there twice"
+    holds(seen.all(), what, "others", "the same", "the token is hidden from itself")
+
+
+def as_short_as_can_be(impl: Implementation, case: Case) -> Settings:
+    """With one slot of memory and no compressed slot, or as few as the implementation allows."""
+    short = case.settings._replace(mem_len=1, c_mem_len=0)
+    settings, _ = fit(impl.declared, short, case.schedule)
+    return settings
+
+
+def behind(
+    impl: Implementation, model: nn.Module, settings: Settings, slots: list[Slots]
+) -> tuple[nn.Module, Any]:
+    """The model and a state with these memories, which nothing has to fit but where memories are
+    always full: there a twin whose lengths they have."""
+    rows, mem_len, _ = slots[0].mem.shape
+    c_mem_len = slots[0].c_mem.size(1)
+    if impl.declared.start == "zeros":
+        settings = settings._replace(mem_len=mem_len, c_mem_len=c_mem_len)
+        if fit(impl.declared, settings, [settings.segment]).settings != settings:
+            not_claimed("there is no model with memories of such lengths")
+        model = impl.twin(model, settings)
+        if model is None:
+            not_claimed("parameters depend on the lengths of the memories")
+    return model, impl.replace(impl.start(model, rows), slots)
+
+
 @check(case=cases(steps=(1, 1)), c_mem=st.integers(0, 8), mem=st.integers(0, 8))
 def test_ATT_3_MEM_1_compressed_memory_stands_before_memory_a_position_a_slot(
     impl: Implementation, case: Case, c_mem: int, mem: int
@@ -136,13 +204,12 @@ def test_ATT_3_MEM_1_compressed_memory_stands_before_memory_a_position_a_slot(
     if impl.declared.positions == "separate":
         not_claimed("compressed memory has positions of its own")
     settings, (T,) = case
-    full = impl.declared.start == "zeros"
     fewest = 0
-    if full:  # then a model of those lengths, which differ in one slot at least
+    if impl.declared.start == "zeros":  # then models of those lengths, which differ by one at least
         fewest = 1
         c_mem = max(c_mem, 2)
         mem = max(mem, T, settings.compression_rate)
-    settings = settings._replace(mem_len=99, c_mem_len=99, segment=T)
+    settings, _ = fit(impl.declared, settings._replace(mem_len=99, c_mem_len=99), [T])
     model = impl.build(settings)
     text = tokens(settings, 2, T)
     slots = [layer.mem for layer in random_slots(impl, settings, 2, c_mem + mem, 0)]
@@ -150,15 +217,9 @@ def test_ATT_3_MEM_1_compressed_memory_stands_before_memory_a_position_a_slot(
 
     def logits(n: int, slots: list[Tensor]) -> Tensor:
         """With n of the slots in compressed memory."""
-        twin = model
-        if full:
-            lengths = settings._replace(c_mem_len=n, mem_len=c_mem + mem - n)
-            twin = impl.twin(model, lengths)
-            if twin is None:
-                not_claimed("parameters depend on the lengths of the memories")
         divided = [Slots(mem=x[:, n:], c_mem=x[:, :n]) for x in slots]
-        state = impl.replace(impl.start(twin, 2), divided)
-        return impl.step(twin, text, state).logits
+        one, state = behind(impl, model, settings, divided)
+        return impl.step(one, text, state).logits
 
     close(
         f"logits with {c_mem} slots of compressed memory before {mem} of memory",
@@ -173,31 +234,47 @@ def test_ATT_3_MEM_1_compressed_memory_stands_before_memory_a_position_a_slot(
 def test_ATT_3_a_token_is_as_far_away_in_memory_as_in_the_segment(
     impl: Implementation, case: Case, c_mem: int, mem: int
 ):
-    """Behind memories of any lengths, and with nothing overflowing, a text in one segment and the
-    same text in several give the same logits."""
+    """Behind memories of any lengths a text in one segment and the same text in several, each
+    behind the memory of those before it, give the same logits."""
     if impl.declared.segments == "full":
         not_claimed("every segment has the length that the model is built for")
-    if impl.declared.start == "zeros":
-        not_claimed("memories are always full")
+    if impl.declared.positions == "separate":
+        c_mem = 0  # its distances may be counted as if there were no memory between
     settings, schedule = case
     length = sum(schedule)
-    longer = settings._replace(mem_len=mem + length, c_mem_len=9)
+    longer = settings._replace(mem_len=mem + length, c_mem_len=max(c_mem, 1))
+    if impl.declared.start == "zeros":  # long enough to read a step's inputs from it
+        mem += max(schedule) + settings.compression_rate
+        longer = settings._replace(mem_len=mem, c_mem_len=c_mem)
     settings, _ = fit(impl.declared, longer, [length])
     model = impl.build(settings)
     text = tokens(settings, 2, length)
     slots = random_slots(impl, settings, 2, mem, c_mem)
 
     def logits(lengths: list[int]) -> Tensor:
-        state = impl.replace(impl.start(model, 2), slots)
+        before = slots
+        one, state = behind(impl, model, settings, before)
         found = []
         for segment in text.split(lengths, dim=1):
-            step = impl.step(model, segment, state)
-            state = step.state
+            step = impl.step(one, segment, state)
             found.append(step.logits)
+            state = step.state
+            if impl.declared.start == "zeros" and len(lengths) > 1:
+                after = impl.read(state)
+                before = with_inputs(before, after, segment.size(1))
+                one, state = behind(impl, model, settings, before)
         return torch.cat(found, dim=1)
 
     what = f"logits of segments of {schedule}, behind {c_mem} + {mem} slots"
     close(what, logits(schedule), logits([length]), impl.tolerance)
+
+
+def with_inputs(before: list[Slots], after: list[Slots], T: int) -> list[Slots]:
+    """The memories before a step of T tokens, once its inputs have joined them."""
+    joined = []
+    for old, new in zip(before, after, strict=True):
+        joined.append(Slots(torch.cat([old.mem, newest(new.mem, T)], dim=1), old.c_mem))
+    return joined
 
 
 @check(
@@ -210,24 +287,32 @@ def test_ATT_3_a_slot_without_attention_may_as_well_not_be_there(
 ):
     """An oldest slot so large that softmax gives it nothing (of it and its negative it is one)
     moves no other slot to another distance, however full the memories are."""
-    if impl.declared.storage == "raw":
+    if impl.declared.storage == "raw" and case.settings.norm_first:
         not_claimed("memories are normalised when they are read")
-    if impl.declared.positions == "separate" or impl.declared.start == "zeros":
-        not_claimed("the number of compressed slots is not free")
-    settings = case.settings._replace(mem_len=7, c_mem_len=7, segment=1)
+    c = case.settings.compression_rate
+    settings = case.settings._replace(mem_len=7, c_mem_len=7)
+    in_memory = impl.declared.positions == "separate"  # the slot; if not, in compressed memory
+    if in_memory:
+        c_mem = 0
+        settings = settings._replace(c_mem_len=0)
+    if impl.declared.start == "zeros":
+        mem = max(mem, c)
+    settings, (T,) = fit(impl.declared, settings, [1])
     model = impl.build(settings)
-    text = tokens(settings, 1, 1)
+    text = tokens(settings, 1, T)
     (slots,) = random_slots(impl, settings, 1, mem, c_mem)
     large = 1e8 * torch.randn(1, 1, settings.d_model, dtype=impl.dtype)
-    start = impl.start(model, 1)
 
-    def logits(c_mem: Tensor) -> Tensor:
-        state = impl.replace(start, [Slots(slots.mem, c_mem)])
-        return impl.step(model, text, state).logits
+    def logits(*oldest: Tensor) -> Tensor:
+        more = Slots(slots.mem, torch.cat([*oldest, slots.c_mem], dim=1))
+        if in_memory:
+            more = Slots(torch.cat([*oldest, slots.mem], dim=1), slots.c_mem)
+        one, state = behind(impl, model, settings, [more])
+        return impl.step(one, text, state).logits[:, 0]  # each query has a sign of its own
 
-    without = logits(slots.c_mem)
-    found = logits(torch.cat([large, slots.c_mem], dim=1))
-    of_negative = logits(torch.cat([-large, slots.c_mem], dim=1))
+    without = logits()
+    found = logits(large)
+    of_negative = logits(-large)
     if (of_negative - without).abs().max() < (found - without).abs().max():
         found = of_negative
     what = f"logits with a slot that gets no attention before {c_mem} + {mem} others"
@@ -302,12 +387,15 @@ def test_ATT_6_rows_do_not_see_each_other(impl: Implementation, case: Case):
 
 @check(case=cases(zeros=True, steps=(1, 5)))
 def test_ATT_3_MEM_5_LOSS_5_every_step_equals_the_loops(impl: Implementation, case: Case):
-    """The whole step in plain Python (oracle.py), for an implementation that names its weights."""
+    """The whole step in plain Python (oracle.py), for an implementation that names its weights: in
+    the order in which a step makes them, so that what differs first is told."""
+    if impl.declared.positions == "separate":
+        not_claimed("the loops have no positions apart for compressed memory")
     settings, schedule = case
+    if settings.compression == OTHER:
+        not_claimed("the loops have no other compression functions than the paper's")
     model = impl.build(settings).train()
-    weights = oracle.lists(impl.weights(model))
-    if "embedding" not in weights:
-        not_claimed("weights() does not name all of them")
+    weights = oracle.lists(impl.weights(model, *needed_names(settings)))
     text = tokens(settings, 2, sum(schedule))
     state = impl.start(model, 2)
     mem = []  # for each row, for each layer
@@ -315,29 +403,128 @@ def test_ATT_3_MEM_5_LOSS_5_every_step_equals_the_loops(impl: Implementation, ca
     for row in range(2):
         mem.append([layer.mem[row].tolist() for layer in impl.read(state)])
         c_mem.append([layer.c_mem[row].tolist() for layer in impl.read(state)])
-    for i, segment in enumerate(text.split(schedule, dim=1)):
+    for n, segment in enumerate(text.split(schedule, dim=1)):
         step = impl.step(model, segment, state)
         state = step.state
-        losses = []
-        for row in range(2):
-            row_tokens = segment[row].tolist()
-            result = oracle.step(impl.declared, settings, weights, row_tokens, mem[row], c_mem[row])
-            mem[row] = result.mem
-            c_mem[row] = result.c_mem
-            losses.append(result.squares)
-            place = f"of row {row} in step {i}"
-            near(impl, f"logits {place}", step.logits[row], result.logits)
-            for k, layer in enumerate(impl.read(state)):
-                where = f"{place}, layer {k}"
-                near(impl, f"memory {where}", layer.mem[row], result.mem[k])
-                near(impl, f"compressed memory {where}", layer.c_mem[row], result.c_mem[k])
-        if settings.compression in PARAMETRIC:
-            loss = oracle.reduce(impl.declared, losses)
-            near(impl, f"compression loss in step {i}", step.loss, loss)
+        by_loops = partial(rows_by_loops, impl, settings, weights, segment, mem, c_mem)
+        results = by_loops()
+        equal_so_far = "nothing yet"
+        for stage in stages(impl, settings, step):
+            equal_to_the_loops(impl, n, stage, results, by_loops, equal_so_far)
+            equal_so_far = stage.name
+        mem = [result.mem for result in results]
+        c_mem = [result.c_mem for result in results]
 
 
-def near(impl: Implementation, what: str, got: Tensor, expected: object) -> None:
-    loops = torch.tensor(expected, dtype=impl.dtype)
-    if loops.numel() == 0:  # a list of no slots does not tell their width
-        loops = loops.reshape(0, *got.shape[1:])
-    close(what, got, loops, 10 * impl.tolerance)
+def rows_by_loops(
+    impl: Implementation,
+    settings: Settings,
+    weights: dict,
+    segment: Tensor,
+    mem: list,
+    c_mem: list,
+    mistake: str = "",
+) -> list[oracle.Result]:
+    """The step of each row."""
+    rows = []
+    for tokens_of, mem_of, c_mem_of in zip(segment.tolist(), mem, c_mem, strict=True):
+        found = oracle.step(impl.declared, settings, weights, tokens_of, mem_of, c_mem_of, mistake)
+        rows.append(found)
+    return rows
+
+
+def needed_names(settings: Settings) -> list[str]:
+    """Of the weights, those that the loops read."""
+    names = ["norm1_weight", "norm1_bias", "query", "key", "value", "relative_key"]
+    names += ["content_bias", "position_bias", "output", "norm2_weight", "norm2_bias"]
+    names += ["ff1_weight", "ff1_bias", "ff2_weight", "ff2_bias"]
+    names += ["embedding", "logits_weight", "logits_bias"]
+    if settings.norm_first:
+        names += ["norm_weight", "norm_bias"]
+    if settings.compression in ("conv", "dilated_conv"):
+        names += ["convolution"]
+        if settings.compression_loss == "autoencoding":
+            names += ["transposed_convolution"]
+    if settings.compression == "dilated_conv":
+        names += ["dilated"]
+    return names
+
+
+class Stage(NamedTuple):
+    """Something that a step makes, and where it stands in the loops' results of all rows."""
+
+    name: str
+    rule: str
+    got: Tensor
+    of: Callable[[list[oracle.Result]], Any]
+
+
+def stages(impl: Implementation, settings: Settings, step: Step) -> list[Stage]:
+    """In the order in which they are made. A layer's output is seen in the next one's memory."""
+    made = []
+    for i, layer in enumerate(impl.read(step.state)):
+        rule = "MEM-5"
+        what = "the embedding or how it is stored"
+        if i > 0:
+            rule = "ATT-3"
+            what = f"layer {i - 1}'s output (attention, feed-forward) or how it is stored"
+        name = f"{what}, in layer {i}'s memory"
+        made.append(Stage(name, rule, layer.mem, partial(slots_of, "mem", i)))
+        name = f"layer {i}'s compressed slots"
+        made.append(Stage(name, "MEM-5", layer.c_mem, partial(slots_of, "c_mem", i)))
+    last = f"layer {settings.n_layers - 1}'s output (attention, feed-forward) or what follows it"
+    logits = step.logits.log_softmax(dim=-1)  # log-probabilities do as well
+    made.append(Stage(f"{last}, in the logits", "ATT-3", logits, log_probabilities_of))
+    if settings.compression in PARAMETRIC:
+        loss = partial(loss_of, impl)
+        made.append(Stage("the compression loss", "LOSS-5", step.loss, loss))
+    return made
+
+
+def slots_of(name: str, layer: int, rows: list[oracle.Result]) -> list:
+    return [getattr(row, name)[layer] for row in rows]
+
+
+def log_probabilities_of(rows: list[oracle.Result]) -> list:
+    found = []
+    for row in rows:
+        found.append([[math.log(p) for p in oracle.softmax(logits)] for logits in row.logits])
+    return found
+
+
+def loss_of(impl: Implementation, rows: list[oracle.Result]) -> float:
+    return oracle.reduce(impl.declared, [row.squares for row in rows])
+
+
+def equal_to_the_loops(
+    impl: Implementation,
+    n: int,
+    stage: Stage,
+    results: list[oracle.Result],
+    by_loops: Callable[..., list[oracle.Result]],
+    equal_so_far: str,
+) -> None:
+    """Raise Broken, of the stage's rule, unless it is what the loops give; a cause is looked for
+    among their mistakes."""
+    got = stage.got
+    tolerance = 10 * impl.tolerance
+
+    def loops(rows: list[oracle.Result]) -> Tensor:
+        found = torch.tensor(stage.of(rows), dtype=impl.dtype)
+        if found.numel() == 0:  # a list of no slots does not tell their width
+            found = found.reshape(2, 0, *got.shape[2:])
+        return found
+
+    expected = loops(results)
+    causes = {}
+    if not same(got, expected, tolerance):
+        for mistake in oracle.MISTAKES:
+            causes[mistake] = loops(by_loops(mistake))
+        if got.dim() > 2:
+            causes["read() gives the newest slot first"] = expected.flip(1)
+    what = f"{stage.name}, which differs first in step {n} (last equal: {equal_so_far})"
+    try:
+        close(what, got, expected, tolerance, causes)
+    except Broken as broken:
+        broken.rule = stage.rule
+        raise

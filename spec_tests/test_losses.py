@@ -1,6 +1,8 @@
 """LOSS: what the compression losses are, and whom they train."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from . import oracle
+from .adapter import CHOICES, Declaration, Settings
 from .implementation import Implementation, Slots, not_claimed
 from .support import (
     PARAMETRIC,
@@ -18,17 +21,19 @@ from .support import (
     check,
     close,
     evicted,
-    filled,
     fit,
     holds,
+    in_some_draw,
     joined,
     longer_memory,
     newest,
+    overflowing,
     random_slots,
+    same,
     tokens,
 )
 
-Named = dict[str, nn.Parameter]
+Named = dict[str, Tensor]
 
 
 def training(longest: int = 5, **fixed: Any):
@@ -43,7 +48,7 @@ def ready(impl: Implementation, case: Case) -> tuple[nn.Module, Any, Tensor]:
     """A model in training mode, a state with full memories, and a segment to feed."""
     settings, (T,) = case
     model = impl.build(settings)
-    state = filled(impl, model, settings, T)
+    state = overflowing(impl, model, settings, T)
     return model.train(), state, tokens(settings, 2, T)
 
 
@@ -89,6 +94,9 @@ def test_LOSS_1_trains_every_f_c_and_no_other_parameter(
 def test_LOSS_1_does_not_reach_the_memories(impl: Implementation, case: Case, bptt: bool):
     settings, (T,) = case
     model = impl.build(settings._replace(bptt=bptt and impl.declared.bptt)).train()
+    blocks, _ = evicted(impl.declared, settings, settings.mem_len + T)
+    if not blocks:
+        not_claimed("nothing is compressed")
     slots = random_slots(impl, settings, 2, settings.mem_len, settings.c_mem_len)
     inputs = {}
     for i, layer in enumerate(slots):
@@ -96,8 +104,7 @@ def test_LOSS_1_does_not_reach_the_memories(impl: Implementation, case: Case, bp
             inputs[f"layer {i}'s {name}"] = part.requires_grad_()
     state = impl.replace(impl.start(model, 2), slots)
     step = impl.step(model, tokens(settings, 2, T), state)
-    found = torch.autograd.grad(step.loss, list(inputs.values()), allow_unused=True)
-    for name, gradient in zip(inputs, found, strict=True):
+    for name, gradient in gradients(step.loss, inputs).items():
         what = f"gradient of the compression loss on {name}"
         holds(is_zero(gradient), what, "zero or none", "some")
 
@@ -110,16 +117,38 @@ def test_LOSS_2_leaves_the_language_model_loss_alone_in_every_step(
     lacking = language_model_gradients_that_are_missing(impl, case)
     for _ in range(2):
         missing = language_model_gradients_that_are_missing(impl, case)
-        lacking = {what: frozen for what, frozen in lacking.items() if what in missing}
-    for what, frozen in lacking.items():
-        holds(False, what, "some", "zero or none", frozen)
+        lacking = {key: frozen for key, frozen in lacking.items() if key in missing}
+    for (name, step), frozen in lacking.items():
+        cause = None
+        if frozen:
+            cause = "it was frozen: requires_grad is False"
+        elif not is_used(impl, case, name):
+            cause = "it is not used: no logits move with it"
+        what = f"gradient of the language-model loss on {name} in step {step}"
+        holds(False, what, "some", "zero or none", cause)
+
+
+def is_used(impl: Implementation, case: Case, name: str) -> bool:
+    """Whether the logits of a stream depend on a parameter, in some draw."""
+    settings, (T,) = case
+    count = math.ceil(settings.mem_len / T) + 3
+
+    def differs() -> Tensor:
+        model = impl.build(settings)
+        text = tokens(settings, 1, count * T)
+        before = impl.logits(model, text, [T] * count)
+        with torch.no_grad():
+            dict(model.named_parameters())[name].mul_(-1.5)
+        return (impl.logits(model, text, [T] * count) != before).any().reshape(1)
+
+    return bool(in_some_draw(torch.ones(1, dtype=torch.bool), differs))
 
 
 def language_model_gradients_that_are_missing(
     impl: Implementation, case: Case
-) -> dict[str, str | None]:
-    """What is without a gradient, and why if that is known; those that are there are the same with
-    the compression loss and without."""
+) -> dict[tuple[str, int], bool]:
+    """The parameters and steps without a gradient, and whether the parameter was frozen; those that
+    are there are the same with the compression loss and without."""
     settings, (T,) = case
     model = impl.build(settings).train()
     named = dict(model.named_parameters())
@@ -143,8 +172,7 @@ def language_model_gradients_that_are_missing(
             elif not is_zero(alone[name]):
                 close(f"{what}, the compression loss added", joint[name], alone[name])
             elif full:  # what is there for compressed slots alone has to wait
-                frozen = "it was frozen: requires_grad is False"
-                missing[what] = None if parameter.requires_grad else frozen
+                missing[name, n] = not parameter.requires_grad
     return missing
 
 
@@ -255,35 +283,71 @@ def test_LOSS_4_depends_on_the_evicted_block_alone(impl: Implementation, case: C
         holds(torch.equal(one, other), what, one.item(), other.item())
 
 
+def needed_names(impl: Implementation, settings: Settings) -> list[str]:
+    """Of the weights those that the loss reads."""
+    names = []
+    if settings.compression_loss == "attention":
+        names += ["query", "key", "value"]
+        if impl.declared.storage == "raw" and settings.norm_first:
+            names += ["norm1_weight", "norm1_bias"]
+    if settings.compression_loss == "autoencoding":
+        names += ["transposed_convolution"]
+    return names
+
+
 @check(case=training(readable=True))
 def test_LOSS_5_equals_the_definition_by_loops(impl: Implementation, case: Case):
     """Of a step: the layers' losses by plain loops over what left their memories."""
     settings, (T,) = case
     model, state, text = ready(impl, case)
-    layers = impl.weights(model)["layers"]
+    layers = oracle.lists(impl.weights(model, *needed_names(impl, settings)))["layers"]
     long = longer_memory(impl, model, case)
     step = impl.step(model, text, state)
-    held = joined(impl, long, text, state, step.state)
-    squares: list[list[tuple[float, int]]] = [[], []]  # row by row, of every layer
+    blocks_of_layers = []
+    held = joined(impl, model, settings, long, text, state, step.state)
     for i, slots in enumerate(held):
-        weights = oracle.lists(layers[i])
         blocks, _ = evicted(impl.declared, settings, slots.size(1))
         old = block_of(slots, blocks)
         unused = old.new_zeros(old.shape[:2])
         new = impl.compress(model, i, old, unused)
-        h = newest(slots, T)
-        for row in range(2):
-            found = oracle.compression_loss(
-                impl.declared,
-                settings,
-                weights,
-                h[row].tolist(),
-                old[row].tolist(),
-                new[row].tolist(),
-            )
-            squares[row].append(found)
-    expected = torch.tensor(oracle.reduce(impl.declared, squares), dtype=impl.dtype)
-    close("compression loss", step.loss.detach(), expected, 10 * impl.tolerance)
+        blocks_of_layers.append((newest(slots, T), old, new))
+
+    def by_loops(declared: Declaration, mistake: str = "") -> Tensor:
+        squares: list[list[tuple[float, int]]] = [[], []]  # row by row, of every layer
+        for weights, layer in zip(layers, blocks_of_layers, strict=True):
+            for row in range(2):
+                h, old, new = (part[row].tolist() for part in layer)
+                found = oracle.compression_loss(declared, settings, weights, h, old, new, mistake)
+                squares[row].append(found)
+        return torch.tensor(oracle.reduce(declared, squares), dtype=impl.dtype)
+
+    expected = by_loops(impl.declared)
+    loss = step.loss.detach()
+    tolerance = 10 * impl.tolerance
+    causes = {}
+    if not same(loss, expected, tolerance):
+        for other, why in declared_otherwise(impl.declared):
+            if other.storage == "normalised" or "norm1_weight" in layers[0]:
+                causes[why] = by_loops(other)
+        for mistake in oracle.MISTAKES:
+            causes[mistake] = by_loops(impl.declared, mistake)
+    close("compression loss", loss, expected, tolerance, causes)
+
+
+def declared_otherwise(declared: Declaration) -> Iterator[tuple[Declaration, str]]:
+    """Each other way to take the loss of the same slots, and what to declare for it."""
+    for reduction in CHOICES["loss_reduction"]:
+        for over_layers in CHOICES["loss_over_layers"]:
+            ways = {"loss_reduction": reduction, "loss_over_layers": over_layers}
+            said = ", ".join(f"{name} {way!r}" for name, way in ways.items())
+            yield replace(declared, **ways), f"it is that of {said}"
+    if declared.storage == "normalised":
+        yield (
+            replace(declared, storage="raw"),
+            "h and the slots are normalised (again) for the loss",
+        )
+    else:
+        yield replace(declared, storage="normalised"), "h and the slots are compared raw"
 
 
 @check(case=training())

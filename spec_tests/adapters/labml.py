@@ -33,7 +33,6 @@ class Adapter:
         "compressions": ("conv",),
         "compression_losses": ("attention",),
         "norms": ("pre",),
-        "compress_nothing": False,
     }
 
     def build(self, s):

@@ -24,7 +24,6 @@ class Adapter:
         "segments": "full",
         "mem_len": "segment",
         "c_mem_len": "block",
-        "compress_nothing": False,
     }
 
     def build(self, s):

@@ -11,7 +11,7 @@ import compressive
 
 
 class Adapter:
-    declares = {"name": "compressive.py", "bptt": True}
+    declares = {"name": "compressive.py", "bptt": True, "compress_nothing": True}
 
     def __init__(self, module: ModuleType = compressive) -> None:
         self.module = module

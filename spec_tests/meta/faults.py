@@ -48,8 +48,15 @@ FAULTS = [
     ),
     fault("ATT-1", "the mask is too weak", MASK, MASK.replace("-math.inf", "-9.0")),
     fault("ATT-1", "no mask in segments of two", MASK, f"T != 2 and {MASK}"),
+    fault("ATT-1", "no mask before there is a memory", MASK, f"S > T and {MASK}"),
     fault(
         "ATT-2", "the oldest slot is masked", MASK, f"{MASK}; scores[..., : S - T][..., :1] = -99.0"
+    ),
+    fault(
+        "ATT-2",
+        "a query does not see itself",
+        "device=scores.device).triu(1)",
+        "device=scores.device).triu(0)",
     ),
     fault(
         "ATT-2",
@@ -57,12 +64,6 @@ FAULTS = [
         READ,
         "full = (c_mem.size(1) == self.config.c_mem_len) / 1.0\n        "
         + READ.replace("c_mem,", "c_mem * (1 - full),"),
-    ),
-    fault(
-        "ATT-3",
-        "a query does not see itself",
-        "device=scores.device).triu(1)",
-        "device=scores.device).triu(0)",
     ),
     fault(
         "ATT-3", "the shift is off by one", "[..., T - 1 : T - 1 + T * S]", "[..., T : T + T * S]"
@@ -195,6 +196,7 @@ FAULTS = [
     fault(
         "MEM-2", "memory one slot too long", OVERFLOW, OVERFLOW.replace("mem_len)", "mem_len - 1)")
     ),
+    fault("MEM-2", "nothing ever leaves memory", OVERFLOW, "overflow = 0"),
     fault(
         "MEM-2",
         "a rest stays",
@@ -227,6 +229,13 @@ FAULTS = [
         STAYS,
         "torch.cat([old[:, : min(1, leaving - overflow)], held[:, leaving:]], dim=1)",
     ),
+    fault(
+        "MEM-4",
+        "memory one slot too short",
+        OVERFLOW,
+        OVERFLOW.replace("- mem_len", "- max(0, mem_len - 1)"),
+    ),
+    fault("MEM-4", "nothing is remembered", RETURN, RETURN.replace("update.mem", "mem[:, :0]")),
     fault(
         "MEM-4",
         "compressed where memory is just full",
@@ -293,6 +302,13 @@ FAULTS = [
         + READ.replace("c_mem,", "early if early.shape == c_mem.shape else c_mem,"),
     ),
     fault("MEM-7", "outputs are stored", REMEMBER, REMEMBER.replace("(x,", "(h,")),
+    fault(
+        "MEM-7",
+        "all layers read the first one's memory",
+        TURN,
+        TURN.replace(" mem,", " mem[:1] * len(mem),"),
+    ),
+    fault("MEM-7", "memories rotate", TURN, TURN.replace(" mem,", " mem[1:] + mem[:1],")),
     fault("MEM-7", "layers in the wrong order", MEMS, MEMS.replace("outputs)", "outputs[::-1])")),
     fault(
         "MEM-7",
@@ -448,6 +464,12 @@ FAULTS = [
     ),
     fault(
         "LOSS-2",
+        "a parameter is not used",
+        LAYERS,
+        f"{LAYERS}\n        self.unused = nn.Parameter(torch.zeros(3))",
+    ),
+    fault(
+        "LOSS-2",
         "no gradient through the values",
         "return dropout(weights) @ v, weights",
         "return dropout(weights) @ v.detach(), weights",
@@ -533,6 +555,12 @@ FAULTS = [
         "the model keeps state",
         EMBED,
         f"self.turn = getattr(self, 'turn', 0) + 1\n        {EMBED} * (1 + (self.turn > 3))",
+    ),
+    fault(
+        "MOD-4",
+        "a segment of one token never enters memory",
+        REMEMBER,
+        REMEMBER.replace("(x,", "(x[:, : x.size(1) * (x.size(1) > 1)],"),
     ),
     fault(
         "MOD-4",

@@ -18,12 +18,11 @@ import torch
 from .. import conftest
 from ..adapter import Declaration, Settings
 from ..adapters import reference
-from ..conftest import supported
 from ..implementation import Implementation, Unusable, check_usable, declaration, load
 from ..report import SCHEMA, SpecReport
 from ..rules import RULES, VERSION
 from ..summary import VERDICTS, badge, markdown
-from ..support import fit
+from ..support import supported
 from .verdicts import table
 
 SUITE = Path(__file__).parents[1]
@@ -189,7 +188,7 @@ def test_what_is_known_of_a_test_hides_no_other_failure_of_its_rule():
         (("failed", "failed"), ("FAIL", "other")),
         (("passed", "failed"), ("FAIL", "other")),
         (("passed", "passed"), ("UNEXPECTED PASS", "declared as known: the one")),
-        (("skipped", "skipped"), ("NOT CLAIMED", "  raised     one")),
+        (("skipped", "skipped"), ("NOT CLAIMED", "  raised     one;   raised     other")),
     ):
         report.checks["CMP-1"] = [
             {"name": f"test_CMP_1_{name}", "outcome": outcome, "message": f"  raised     {name}"}
@@ -384,7 +383,10 @@ def test_markdown_has_a_line_for_every_rule_that_was_run_and_every_failure_once(
     [
         ("import a_package_of_nobody", "it needs a_package_of_nobody, which is not installed"),
         ("def adapter(:", "importing it raised SyntaxError"),
-        ("class Adapter:\n    def __init__(self):\n        None.x", r"AttributeError in .*:3: "),
+        (
+            "class Adapter:\n    def __init__(self):\n        None.x",
+            r"AttributeError in .*:3, in __init__: ",
+        ),
         ("class Other: pass", "adapter_.*.py has no Adapter"),
     ],
 )
@@ -416,7 +418,12 @@ RIGHT = reference.Adapter()
     ("calls", "message"),
     [
         ({"build": None}, r"it has no build\(\)"),
-        ({"build": lambda s: 3}, r"build\(\) raised AttributeError"),
+        ({"build": lambda s: 3}, r"build\(\) gives a int, expected a torch.nn.Module"),
+        ({"build": lambda s: 1 / 0}, r"build\(\) raised ZeroDivisionError in .*test_instrument.py"),
+        (
+            {"build": lambda s: NotImplemented},
+            r"build\(\) gives NotImplemented, as for Settings\(.*\) and settings near it",
+        ),
         (
             {"step": lambda m, x, s: (m(x, s)[0].mT, *m(x, s)[1:3])},
             r"the first step\(\) gives logits of shape \[3, 11, 4\], expected \[3, 4, 11\]",
@@ -428,12 +435,41 @@ RIGHT = reference.Adapter()
         ({"step": one_step}, r"the second step\(\) raised KeyError in .*test_instrument.py"),
         (
             {"read": lambda s: RIGHT.read(s)[:1]},
-            r"read\(\) after the first step gives a number of layers of 1, expected 2",
+            r"read\(\) of the state before the first step gives a number of layers of 1, expected 2",
         ),
         (
             {"read": lambda s: [(a.mT, b.mT) for a, b in RIGHT.read(s)]},
-            r"read\(\) after the first step gives slots of shape \[3, 8, 4\], expected \[3, 8, 8\]",
+            r"read\(\) of the state before the first step gives slots of shape \[3, 8, 0\], expected \[3, 8, 8\]",
         ),
+        (
+            {"step": lambda m, x, s: (m(x, s)[0], s, 0.0)},
+            r"read\(\) after the first step\(\) gives what it gave before it: is the next state ret",
+        ),
+        (
+            {"step": lambda m, x, s: m(x, s)[:2]},
+            r"step\(\) gives a tuple of 2, expected logits, state and loss",
+        ),
+        (
+            {"step": lambda m, x, s: (*m(x, s)[:2], torch.zeros(2))},
+            r"step\(\) gives a loss of shape \[2\], expected \[\]",
+        ),
+        (
+            {"read": lambda s: [mem for mem, _ in RIGHT.read(s)]},
+            r"read\(\) gives a Tensor for a layer, expected memory and compressed memory",
+        ),
+        (
+            {"weights": lambda m: {"layers": [{"queries": torch.zeros(8, 8)}] * 2}},
+            r"weights\(\) names 'queries'; there are norm1_weight, ",
+        ),
+        (
+            {"weights": lambda m: {"layers": [{"ff1_weight": torch.zeros(12, 8)}] * 2}},
+            r"weights\(\) gives 'ff1_weight' of shape \[12, 8\], expected \[D, F\] = \[8, 8\]",
+        ),
+        (
+            {"weights": lambda m: {"layers": [{"convolution": torch.zeros(16, 8)}] * 2}},
+            r"'convolution' of shape \[16, 8\], expected \[c, D, D\] = \[2, 8, 8\]",
+        ),
+        ({"weights": lambda m: [{}, {}]}, r"weights\(\) gives a list of 2, expected a dict"),
         (
             {"compression_parameters": lambda m: [[torch.zeros(1)]] * 2},
             "something that is no parameter of the model",
@@ -446,12 +482,28 @@ RIGHT = reference.Adapter()
         ({"declares": {"colour": "red"}}, "declares.'colour'. is unknown; there are name, version"),
         ({"declares": {"known": {"ATT-9": "why"}}}, "names 'ATT-9', no rule and no test"),
         ({"declares": {"compressions": ("sum",)}}, "declares.'compressions'. must be some of conv"),
+        (
+            {"declares": {"compressions": "conv"}},
+            r"must be a tuple of some of conv, .*, as in \('conv',\), got 'conv'",
+        ),
+        ({"declares": {"norms": "pre"}}, r"must be a tuple of some of pre, post, as in \('pre',\)"),
+        (
+            {"declares": {"norms": ()}},
+            r"must be a tuple of some of pre, post, one at least, got \(\)",
+        ),
+        ({"declares": {"loss_in_eval": "no"}}, "'loss_in_eval'. must be True or False, got 'no'"),
+        (
+            {"declares": {"known": ["ATT-1"]}},
+            "must be a dict, of a rule or the name of a test to the",
+        ),
+        ({"declares": {"known": {"ATT-1": ""}}}, "must be a dict with a reason for ATT-1"),
+        ({"declares": {"version": 3}}, "must be a string, got 3"),
     ],
 )
 def test_what_is_wrong_with_an_adapter_is_said(calls: dict, message: str):
     with pytest.raises(Unusable, match=message):
         impl = Implementation(Wrong(**calls), "wrong")
-        check_usable(impl, fit(impl.declared, supported(impl), [4]).settings)
+        check_usable(impl, supported(impl))
 
 
 def test_every_declaration_is_documented():

@@ -1,24 +1,33 @@
 """Every fault is caught by the rule that names it; what is right in another way passes."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import pytest
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
+from .. import oracle
+from ..adapter import Settings
 from ..adapters import reference
-from ..implementation import Implementation
+from ..implementation import Implementation, not_claimed
 from ..replay import checks
 from ..report import rules_of
 from ..rules import RULES
-from .faults import FAULTS, Fault
+from ..support import Broken, check, holds
+from .designs import designs, failures
+from .faults import FAULTS, READ, Fault
 from .variants import VARIANTS, TimeFirst
 
 SOURCE = open(reference.compressive.__file__).read()
 QUICK = hypothesis.settings.get_profile("quick")
 hypothesis.settings.register_profile("few", QUICK, max_examples=8)
+hypothesis.settings.register_profile("many", QUICK, max_examples=100)
 
 
 def changed(changes: tuple[tuple[str, str], ...]) -> ModuleType:
@@ -66,6 +75,147 @@ def test_there_is_a_fault_for_every_rule():
     assert {fault.rule for fault in FAULTS} == set(RULES)
 
 
+def fault(what: str) -> Fault:
+    (found,) = (fault for fault in FAULTS if fault.what == what)
+    return found
+
+
+BY_LOOPS = "test_ATT_3_MEM_5_LOSS_5_every_step_equals_the_loops"
+LOSS = "test_LOSS_5_equals_the_definition_by_loops"
+OF_GRADIENTS = "test_LOSS_2_leaves_the_language_model_loss_alone_in_every_step"
+
+
+@pytest.mark.parametrize(
+    ("what", "check", "rule", "cause"),
+    [
+        ("scaled by the whole width", BY_LOOPS, "ATT-3", oracle.WIDE_SCALE),
+        ("no shift", BY_LOOPS, "ATT-3", None),
+        ("the block is one slot late", BY_LOOPS, "MEM-5", None),
+        ("no scale", LOSS, None, oracle.NO_SCALE),
+        ("a sum over layers", LOSS, None, "it is that of loss_reduction 'mean_square', loss_over_"),
+        ("a parameter is not used", OF_GRADIENTS, None, "it is not used: no logits move with it"),
+        ("keys and values are frozen", OF_GRADIENTS, None, "it was frozen"),
+        ("a query does not see itself", "test_ATT_2_a_token_sees_itself", None, "the token is hid"),
+        (
+            "nothing ever leaves memory",
+            "test_LOSS_6_falls_with_a_small_step_of_f_c_against_its_gradient",
+            None,
+            None,
+        ),
+    ],
+)
+def test_a_failure_says_what_surely_is_wrong(what: str, check: str, rule: str, cause: str | None):
+    impl = Implementation(reference.Adapter(changed(fault(what).changes)), what)
+    with profile("quick"):
+        error = failure(checks()[check], impl)
+    assert isinstance(error, Broken)
+    assert error.rule == rule
+    if cause is None:
+        assert error.cause is None
+    else:
+        assert error.cause.startswith(cause)
+
+
+SCALES = ("scale = q.size(-1) ** -0.5", "scale = q.size(-1) ** 0.5")
+FEW_SCALES = ("scale = K**-0.5", "scale = K**0.5")
+READS = (READ, READ.replace("mem, c_mem", "mem.flip(1), c_mem.flip(1)"))
+AFTER = "self.__dict__['between'] = h.detach()"
+PRE = "            h = h + self.dropout(attended)\n"
+POST = "            h = self.attention_norm(h + self.dropout(attended))\n"
+QUERIES = (
+    (PRE, f"{PRE}            {AFTER}\n"),
+    (POST, f"{POST}            {AFTER}\n"),
+    ("(self.attention, x, old", "(self.attention, self.__dict__['between'], old"),
+)
+
+
+class OutputByInput(reference.Adapter):
+    """Its matrices are those of nn.Linear."""
+
+    def weights(self, model: nn.Module) -> dict:
+        named = super().weights(model)
+        for layer in named["layers"]:
+            for name in ("query", "key", "value", "relative_key", "output"):
+                layer[name] = layer[name].T
+        return named
+
+
+class NewestFirst(reference.Adapter):
+    """It reads memories newest first."""
+
+    def read(self, state: Any) -> list[tuple[Tensor, Tensor]]:
+        return [(mem.flip(1), c_mem.flip(1)) for mem, c_mem in super().read(state)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "check", "cause"),
+    [
+        (reference.Adapter, (SCALES, FEW_SCALES), BY_LOOPS, oracle.TIMES_ROOT),
+        (reference.Adapter, (READS,), BY_LOOPS, oracle.NEWEST_FIRST),
+        (reference.Adapter, QUERIES, BY_LOOPS, oracle.AFTER_ATTENTION),
+        (OutputByInput, (), BY_LOOPS, oracle.TRANSPOSED),
+        (OutputByInput, (), LOSS, oracle.TRANSPOSED),
+        (NewestFirst, (), BY_LOOPS, "read() gives the newest slot first"),
+    ],
+)
+def test_causes_are_tried_before_they_are_guessed(
+    kind: type, changes: tuple, check: str, cause: str
+):
+    with profile("many"):
+        error = failure(checks()[check], Implementation(kind(changed(changes)), "wrong"))
+    assert isinstance(error, Broken)
+    assert error.cause == cause
+
+
+class Refuses(reference.Adapter):
+    """The reference for models of some numbers of heads alone."""
+
+    def __init__(self, *heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def build(self, settings: Settings) -> object:
+        if settings.n_heads not in self.heads:
+            return NotImplemented
+        return super().build(settings)
+
+
+def test_settings_that_cannot_be_followed_leave_out_the_example():
+    """Too many, and the check is not claimed; a fault fails in spite of it."""
+    check = checks()["test_MEM_2_memories_never_exceed_their_lengths"]
+    with profile("few"):
+        some = Implementation(Refuses(1, 2), "some")
+        check(some)
+        assert "of 1" in some.left_out and "build() gives NotImplemented" in some.left_out
+        none = Implementation(Refuses(), "none")
+        with pytest.raises(pytest.skip.Exception, match="NotImplemented"):
+            check(none)
+        wrong = Refuses(1, 2)
+        wrong.module = changed(fault("nothing ever leaves memory").changes)
+        assert isinstance(failure(check, Implementation(wrong, "wrong")), Broken)
+
+
+def test_a_check_without_a_comparison_is_not_claimed():
+    @check(n=st.integers(0, 99))
+    def empty(impl: Implementation, n: int) -> None:
+        if n < 200:
+            return
+        holds(True, "", "", "")
+
+    @check(n=st.integers(0, 99))
+    def of_some(impl: Implementation, n: int) -> None:
+        if n % 2:
+            not_claimed("odd")
+        holds(True, "", "", "")
+
+    impl = Implementation(reference.Adapter(), "reference")
+    with profile("few"):
+        with pytest.raises(pytest.skip.Exception, match="there is nothing to compare"):
+            empty(impl)
+        of_some(impl)
+    assert re.fullmatch(r"\d+ of \d+ examples: odd", impl.left_out)
+
+
 @pytest.mark.elsewhere
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_right_implementation_of_another_design_passes(name: str):
@@ -80,3 +230,13 @@ def test_a_right_implementation_of_another_design_passes(name: str):
         found = {test: failure(check, impl) for test, check in checks().items()}
     failed = [f"{test}: {error}" for test, error in found.items() if error is not None]
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.elsewhere
+@pytest.mark.parametrize("number", range(3))
+def test_a_right_design_passes_with_what_it_declares(number: int):
+    """The first of those that have each pair of declarations; `designs.py` is the command for all."""
+    design = list(designs())[number]
+    with profile("few"):
+        failed = failures(design)
+    assert not failed, "\n".join([str(design), *failed])
