@@ -8,17 +8,17 @@ function f_c that each layer learns from a loss of its own.
         forgotten <- [ compressed memory | memory | segment ] <- tokens
                        N_cm slots    f_c <- N_m slots   T
 
-The file reads bottom-up, in the paper's order: notation, relative attention, compression
-functions, memory rule, compression losses, layer, model. In a training loop of your own:
+The file reads bottom-up: notation, relative attention, compression functions, memory rule,
+compression losses, layer, model. In a training loop of your own:
 
     model = CompressiveTransformer(Config(vocab_size=256))
     memory = None                                       # None: empty memories, which grow
     for tokens, targets in segments:                    # [B, T] each, every row a stream of text
         output = model(tokens, memory)
         memory = output.memory
-        loss = F.cross_entropy(output.logits.mT, targets)
+        loss = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
         (loss + output.compression_loss).backward()     # they share no parameter: no weight needed
-        for group in model.parameter_groups():          # clip apart: a joint norm lets the larger
+        for group in model.parameter_groups():          # apart: a joint norm would let the larger
             nn.utils.clip_grad_norm_(group, 1.0)        # gradient scale the other down
         optimizer.step()
         optimizer.zero_grad()
@@ -32,6 +32,8 @@ Slots are ordered oldest first, everywhere.
 """
 
 import math
+import numbers
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,7 +55,7 @@ def setting(default: object, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a model. One that cannot work raises ValueError here, where it is made."""
+    """The settings of a model. Raises ValueError for one that cannot work."""
 
     vocab_size: int = setting(256, "number of different tokens")
     d_model: int = setting(128, "D, width of the residual stream and of every slot")
@@ -64,11 +66,13 @@ class Config:
     c_mem_len: int = setting(32, "N_cm, slots of compressed memory that a layer keeps")
     compression_rate: int = setting(4, "c, memories that become one compressed slot")
     compression: str = setting("conv", "f_c: conv, dilated_conv, most_used, mean_pool or max_pool")
-    compression_loss: str = setting("attention", "attention, autoencoding or none")
+    compression_loss: str = setting(
+        "attention", "attention, autoencoding or none (f_c then learns by bptt alone)"
+    )
     norm_first: bool = setting(True, "pre-norm, x + f(LN(x)); if not, post-norm, LN(x + f(x))")
     dropout: float = setting(0.0, "of embeddings, attention weights and both branches of a layer")
     bptt: bool = setting(False, "memories keep their graph: a later loss reaches f_c through them")
-    recompute: bool = setting(False, "layers run again in backward and keep less until then")
+    recompute: bool = setting(False, "activation checkpointing: layers run again in backward")
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -80,11 +84,19 @@ class Memory(NamedTuple):
     mem: tuple[Tensor, ...]
     c_mem: tuple[Tensor, ...]
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Memory":
+        """A memory of what `function` makes of every tensor: to move it to another device, cast it,
+        or choose among its rows."""
+        mem = tuple(function(slots) for slots in self.mem)
+        c_mem = tuple(function(slots) for slots in self.c_mem)
+        return Memory(mem, c_mem)
+
     def detach(self) -> "Memory":
         """The same memory cut off from the graph that made it (of use with `Config.bptt`)."""
-        mem = tuple(slots.detach() for slots in self.mem)
-        c_mem = tuple(slots.detach() for slots in self.c_mem)
-        return Memory(mem, c_mem)
+        return self.map(Tensor.detach)
+
+
+torch.serialization.add_safe_globals([Memory])  # torch.load takes what torch.save wrote
 
 
 class Output(NamedTuple):
@@ -113,7 +125,7 @@ def relative_shift(scores: Tensor) -> Tensor:
 
     Column p comes in as distance S - 1 - p; the last column is padding. Query t needs distance 0 in
     column S - T + t, so row t must move left by T - 1 - t. Drop the first T - 1 numbers and cut
-    what follows into rows of S instead of S + 1: every row then starts one further right than the
+    what follows into rows of S instead of S + 1: every row then moves left by one less than the
     row above. T = 3, S = 4, digits for distances:
 
         3 2 1 0 .        1 0 . 3      What follows a distance 0 is rubbish (the padding, then the
@@ -126,13 +138,13 @@ def relative_shift(scores: Tensor) -> Tensor:
 
 
 def causal_softmax(scores: Tensor) -> Tensor:
-    """Attention weights from scores `[..., T, S]`, which it changes: from query t the tokens after
-    t are hidden."""
+    """Softmax of scores `[..., T, S]`, which it changes: from query t the tokens after t are
+    hidden."""
     T, S = scores.shape[-2:]
     future = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1)
-    with torch.no_grad():  # in place saves a copy; autograd need not know: no gradient comes there
+    with torch.no_grad():  # in place saves a copy; a hidden score has no gradient anyway
         scores[..., S - T :].masked_fill_(future, -math.inf)
-    return scores.softmax(dim=-1, dtype=scores.dtype)  # autocast would make it float32
+    return scores.softmax(dim=-1, dtype=scores.dtype)  # autocast's float32 takes twice the memory
 
 
 def relative_attention(
@@ -149,16 +161,16 @@ def relative_attention(
         score(t, j) = [ (q_t + u) . k_j  +  (q_t + v) . W_R R_(t-j) ] / sqrt(K)
 
     `q [H, B, T, K]`; `k` and `v [H, B, S, K]`; `r [H, S, K]`, W_R R of the distances S - 1, ..., 0;
-    the biases `[H, K]` are the paper's u and v. H may be some of the heads -> what they read,
-    `[H, B, T, K]`, and the weights, `[H, B, T, S]`.
+    the biases `[H, K]` are the paper's u and v. Returns what the heads read, `[H, B, T, K]`, and
+    the weights, `[H, B, T, S]`. H may be some of the heads.
     """
     scale = q.size(-1) ** -0.5
     q_content = scale * (q + content_bias[:, None, None])
     q_position = scale * (q + position_bias[:, None, None])
-    content = q_content @ k.mT  # [H, B, T, S]
+    content = q_content @ k.mT  # AC in Transformer-XL's code, [H, B, T, S]
     r = F.pad(r, (0, 0, 0, 1))  # one row of zeros: the column of padding for relative_shift
     by_distance = torch.einsum("hbtk,hnk->hbtn", q_position, r)
-    position = relative_shift(by_distance)
+    position = relative_shift(by_distance)  # BD
     scores = content.add_(position)  # in place: one tensor of this size less
     weights = causal_softmax(scores)
     return dropout(weights) @ v, weights
@@ -206,10 +218,7 @@ class RelativeMultiHeadAttention(nn.Module):
         return relative_attention(q, k, v, r, self.content_bias, self.position_bias, self.dropout)
 
     def project(
-        self,
-        x: Tensor,
-        slots: list[Tensor],
-        positions: Tensor,
+        self, x: Tensor, slots: list[Tensor], positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys, values and W_R R, as `relative_attention` takes them."""
         q = self.heads(self.query(x)).contiguous()  # else each of its two products copies it
@@ -220,8 +229,8 @@ class RelativeMultiHeadAttention(nn.Module):
         return q, k, v, r
 
     def heads(self, x: Tensor) -> Tensor:
-        """`[..., N, D] -> [H, ..., N, K]`: with the heads before the rows, one product for each
-        head takes all rows to W_R R, which they share."""
+        """`[..., N, D] -> [H, ..., N, K]`. Heads come first: all rows share W_R R, so that one
+        product a head does."""
         return x.unflatten(-1, (self.n_heads, -1)).movedim(-2, 0)
 
     def keys_and_values(self, kv: Tensor) -> Tensor:
@@ -233,13 +242,12 @@ class RelativeMultiHeadAttention(nn.Module):
 
 
 class FasterAttention(RelativeMultiHeadAttention):
-    """The same output sooner, by two changes of order, where no weights are needed. To do without,
-    delete this section and let the layer make a RelativeMultiHeadAttention.
+    """The same output, sooner, unless weights are asked for. To do without, delete this section and
+    let the layer make a RelativeMultiHeadAttention.
 
     - With fewer queries than a head is wide, as in generation: products are associative, so that
       q (W k) is (q W) k, W is applied to the queries, and no slot has to be projected.
-    - On a CPU, a few heads at a time, so that their scores stay in its cache, and the allocator
-      uses one small buffer again instead of mapping fresh pages.
+    - On a CPU, a few heads at a time, so that their scores stay in its cache.
     """
 
     SCORES_AT_ONCE = 2**21  # 8 MB in float32
@@ -247,9 +255,9 @@ class FasterAttention(RelativeMultiHeadAttention):
     def attend(
         self, x: Tensor, slots: list[Tensor], positions: Tensor, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        few = x.size(1) < x.size(2) // self.n_heads
         if need_weights:
             return super().attend(x, slots, positions, need_weights)
+        few = x.size(1) < x.size(2) // self.n_heads
         if few and is_plain_linear(self.key_value) and is_plain_linear(self.relative_key):
             return self.attend_to_slots(x, slots, positions), None
         return self.attend_in_groups(*self.project(x, slots, positions)), None
@@ -260,8 +268,8 @@ class FasterAttention(RelativeMultiHeadAttention):
         B, T, D = x.shape
         H = self.n_heads
         K = D // H
-        w_k, w_v = self.key_value.weight.view(2, H, K, D)
-        w_r = self.relative_key.weight.view(H, K, D)
+        w_k, w_v = self.key_value.weight.unflatten(0, (2, H, K))
+        w_r = self.relative_key.weight.unflatten(0, (H, K))
         scale = K**-0.5
         q = self.heads(self.query(x)).flatten(1, 2)  # [H, B*T, K]
         q_content = scale * (q + self.content_bias[:, None])
@@ -297,8 +305,7 @@ class FasterAttention(RelativeMultiHeadAttention):
         split = [part.split(group) for part in of_all_heads]
         read = []
         for of_some_heads in zip(*split, strict=True):
-            some_read, _ = relative_attention(*of_some_heads, self.dropout)
-            read.append(some_read)
+            read.append(relative_attention(*of_some_heads, self.dropout)[0])
         return torch.cat(read)
 
 
@@ -424,14 +431,7 @@ class MemoryUpdate(NamedTuple):
 
 
 def update_memory(
-    mem: Tensor,
-    c_mem: Tensor,
-    h: Tensor,
-    compress: Callable[[Tensor], Tensor],
-    *,
-    mem_len: int,
-    c_mem_len: int,
-    compression_rate: int,
+    mem: Tensor, c_mem: Tensor, h: Tensor, compress: Callable[[Tensor], Tensor], config: Config
 ) -> MemoryUpdate:
     """One layer's memories after a step: Algorithm 1's old_mem, new_cm and the next m and cm.
 
@@ -444,24 +444,25 @@ def update_memory(
         mem  c d e f   c_mem  (ab)   h  g h i
           -> 7 held, 3 too many, n = 2, so c d e f leave:  mem  g h i   c_mem  (ab) (cd) (ef)
 
-    The arguments are not changed and nothing is detached. `compress` must take any multiple of c;
-    it gets too few memories, and the functions above say so, if mem_len < c - 1.
+    The arguments are not changed and nothing is detached. Memories keep their dtype, where autocast
+    gives what is new another, and own their storage: a view would keep alive all that left.
     """
-    held = torch.cat([mem, h], dim=1)  # [B, M + T, D]; the paper lets the oldest leave before
-    overflow = max(0, held.size(1) - mem_len)
-    if c_mem_len == 0:
+    c = config.compression_rate
+    held = torch.cat([mem, h.to(mem.dtype)], dim=1)  # [B, M + T, D]; in the paper the oldest leave
+    overflow = max(0, held.size(1) - config.mem_len)  # before h comes: the same slots stay
+    if config.c_mem_len == 0:
         n = 0
         leaving = overflow
     else:
-        n = -(-overflow // compression_rate)  # rounded up
-        leaving = n * compression_rate
-    old = held[:, : n * compression_rate]  # line 8
-    compressed = old
+        n = -(-overflow // c)  # rounded up
+        leaving = n * c
+    old = held[:, : n * c]  # line 8
+    compressed = old  # empty, too, if n is 0
     if n > 0:
         compressed = compress(old)  # line 9
-        c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)  # under autocast bfloat16
-    next_mem = held[:, leaving:]  # line 10
-    next_c_mem = c_mem[:, max(0, c_mem.size(1) - c_mem_len) :]  # line 11
+        c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)
+    next_mem = held[:, leaving:].clone()  # line 10
+    next_c_mem = c_mem[:, max(0, c_mem.size(1) - config.c_mem_len) :].clone()  # line 11
     return MemoryUpdate(next_mem, next_c_mem, old, compressed)
 
 
@@ -473,10 +474,8 @@ def attention_reconstruction_loss(
 ) -> Tensor:
     """Algorithm 2: how far the attention of `h [B, T, D]` over the slots `compressed [B, n, D]` is
     from that over the memories `old [B, c*n, D]` that they stand for, before the output
-    projection, as a mean square `[]`. All but `compressed` is constant; zero if there is no slot.
+    projection, as a mean square `[]`. All but `compressed` is constant.
     """
-    if old.size(1) == 0:
-        return compressed.new_zeros(())
 
     def attend(q: Tensor, kv: Tensor) -> Tensor:  # line 6: by content alone, no mask, no dropout
         k, v = attention.keys_and_values(kv)
@@ -486,8 +485,8 @@ def attention_reconstruction_loss(
     with torch.no_grad():  # lines 3 to 5: h, old_mem, Q, K and V are constant
         q = attention.heads(attention.query(h))
         target = attend(q, attention.key_value(old))
-    # Line 5 for new_cm: its gradient passes through K and V and does not reach them. The layer is
-    # called, and its weight not used, since it may have become another (an adapter, quantised).
+    # Line 5 for new_cm: K and V are constant here, too, but the gradient passes through them. The
+    # layer is called, and its weight not used: it may have become an adapter, or quantised.
     constants = {name: p.detach() for name, p in attention.key_value.named_parameters()}
     kv = functional_call(attention.key_value, constants, (compressed,))
     return F.mse_loss(attend(q, kv), target)  # line 8
@@ -510,10 +509,7 @@ def autoencoding_loss(
     decompress: Callable[[Tensor], Tensor], old: Tensor, compressed: Tensor
 ) -> Tensor:
     """How far the memories read back from their compressed slots are from what they were, as a mean
-    square: `old [B, c*n, D]`, `compressed [B, n, D] -> []`. `old` is held constant; zero if there
-    is no slot."""
-    if old.size(1) == 0:
-        return old.new_zeros(())
+    square: `old [B, c*n, D]`, `compressed [B, n, D] -> []`, n >= 1. `old` is held constant."""
     return F.mse_loss(decompress(compressed), old.detach())
 
 
@@ -578,7 +574,9 @@ class CompressiveTransformerLayer(nn.Module):
             h = self.attention_norm(h + self.dropout(attended))
             h = self.feed_forward_norm(h + self.dropout(self.feed_forward(h)))
         update = self.remember(x, mem, c_mem, weights)
-        loss = self.loss(x, update) if need_loss else x.new_zeros(())
+        loss = x.new_zeros(())
+        if need_loss and self.compression_loss != "none" and update.old.size(1) > 0:
+            loss = self.loss(x, update)
         return LayerOutput(h, update.mem, update.c_mem, loss, weights if need_weights else None)
 
     def remember(
@@ -589,19 +587,11 @@ class CompressiveTransformerLayer(nn.Module):
         if isinstance(compress, MostUsedCompression):
             usage = compress.usage(attention_weights, mem.size(1) + x.size(1))
             compress = partial(compress, usage=usage)
-        if not self.config.bptt:  # no gradient passes from a step to those before
+        if not self.config.bptt:  # no gradient goes to earlier steps, nor from the loss into x
             x = x.detach()
             mem = mem.detach()
             c_mem = c_mem.detach()
-        update = update_memory(
-            mem,
-            c_mem,
-            x,
-            compress,
-            mem_len=self.config.mem_len,
-            c_mem_len=self.config.c_mem_len,
-            compression_rate=self.config.compression_rate,
-        )
+        update = update_memory(mem, c_mem, x, compress, self.config)
         if not self.config.bptt:  # nor to f_c through its slots, which the next step reads
             update = update._replace(c_mem=update.c_mem.detach())
         return update
@@ -610,8 +600,6 @@ class CompressiveTransformerLayer(nn.Module):
         """The compression loss, which trains f_c (and g) and nothing else."""
         old = update.old
         compressed = update.compressed
-        if self.compression_loss == "none":
-            return x.new_zeros(())
         if self.config.bptt:  # old has a graph: compressed again as a constant, or the loss would
             old = old.detach()  # train the layers that made it, too
             compressed = self.compress(old)
@@ -627,7 +615,7 @@ class CompressiveTransformer(nn.Module):
     """The language model: embedding, layers, (pre-norm) a last normalisation, and logits.
 
     The memory is the caller's: `forward` takes one and returns the next, changing nothing in place.
-    Keep it, drop it (None starts afresh), or store it (cloned: it may be part of longer tensors).
+    Keep it, drop it (None starts afresh), or save it.
     Initialised as torch does; embedding and logits are not tied.
     """
 
@@ -643,8 +631,8 @@ class CompressiveTransformer(nn.Module):
         self.logits = nn.Linear(config.d_model, config.vocab_size)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The parameters that the language-model loss trains, and those that the compression loss
-        trains. Clip their gradients apart: a joint norm lets either scale the other down."""
+        """The parameters of the language model, and those of f_c (and g). Clip their gradients
+        apart: a joint norm would let the larger scale the other down."""
         compression: list[nn.Parameter] = []
         for layer in self.layers:
             compression += layer.compress.parameters()
@@ -672,15 +660,19 @@ class CompressiveTransformer(nn.Module):
         returned (None: empty).
 
         T may differ from call to call. A loss that is not needed is zero, and costs nothing. Raises
-        TypeError or ValueError for what does not fit, except for tokens out of range on an
-        accelerator, where looking would make it wait: there the embedding's own check stops the
-        program.
+        TypeError or ValueError for what does not fit. (Tokens out of range are found by the
+        embedding: on an accelerator, that stops the program.)
         """
         check_input(self, tokens, memory)
         if memory is None:
             memory = self.initial_memory(tokens.size(0))
         mem, c_mem = memory
-        h = self.dropout(self.embedding(tokens))
+        try:
+            h = self.dropout(self.embedding(tokens))
+        except IndexError:
+            V = self.config.vocab_size
+            wrong = tokens[(tokens < 0) | (tokens >= V)][0].item()
+            raise ValueError(f"tokens must lie in [0, {V}), got {wrong}") from None
         S = c_mem[0].size(1) + mem[0].size(1) + tokens.size(1)
         dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 cannot count to 257
         distance = torch.arange(S - 1, -1, -1, dtype=dtype, device=h.device)
@@ -717,9 +709,11 @@ class CompressiveTransformer(nn.Module):
         512), then each new token, the memory carried on as in training. A model without memory is
         fed the whole text again for each token. Temperature 0 takes the likeliest token; top_k
         samples among the k likeliest. `memory` is what stood before the prompt. `stream` is called
-        with each new token `[B, 1]` as it comes. Dropout is as the module's mode says: call
-        `eval()` first. Raises as `forward` does.
+        with each new token `[B, 1]` as it comes. Raises as `forward` does, and warns where dropout
+        would change the text.
         """
+        if self.training and self.config.dropout > 0:
+            warnings.warn("generate in training mode drops out: call eval() first", stacklevel=3)
         check_input(self, prompt, memory)
         check_sampling(max_new_tokens, temperature, top_k)
         has_memory = self.config.mem_len + self.config.c_mem_len > 0
@@ -731,16 +725,13 @@ class CompressiveTransformer(nn.Module):
                 memory = self(part, memory, need_loss=False).memory
         for _ in range(max_new_tokens):
             output = self(segment, memory, need_loss=False)
+            memory = output.memory
             logits = output.logits[:, -1]
             next_token = sample(logits, temperature, top_k, generator).to(tokens.dtype)
             tokens = torch.cat([tokens, next_token], dim=1)
             if stream is not None:
                 stream(next_token)
-            if has_memory:
-                segment = next_token
-                memory = output.memory
-            else:
-                segment = tokens
+            segment = next_token if has_memory else tokens
         return tokens
 
 
@@ -748,9 +739,13 @@ def sample(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Tensor:
     """One token for each row, from its logits: `[B, vocab_size] -> [B, 1]`."""
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite: look at the model's weights")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    # Differences to the largest, and no less than 1e-30, so that nothing overflows.
+    logits = logits.float() - logits.amax(dim=-1, keepdim=True)
+    logits = logits / max(temperature, 1e-30)
     if top_k is None:
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
     kept = logits.topk(min(top_k, logits.size(-1)))
@@ -762,18 +757,19 @@ def sample(
 
 
 def check_config(config: Config) -> None:
-    """Raise ValueError for a setting that cannot work."""
+    """Raise ValueError for a setting that cannot work. Numbers of other kinds (NumPy's, of a
+    sweep) become Python's."""
 
     def need(ok: bool, name: str, expected: str) -> None:
         if not ok:
             raise ValueError(f"{name} must be {expected}, got {getattr(config, name)!r}")
 
     for name in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "compression_rate"):
-        value = getattr(config, name)
-        need(type(value) is int and value >= 1, name, "an integer of at least 1")
+        need(is_integer(getattr(config, name), 1), name, "an integer of at least 1")
+        object.__setattr__(config, name, int(getattr(config, name)))
     for name in ("mem_len", "c_mem_len"):
-        value = getattr(config, name)
-        need(type(value) is int and value >= 0, name, "an integer of at least 0")
+        need(is_integer(getattr(config, name), 0), name, "an integer of at least 0")
+        object.__setattr__(config, name, int(getattr(config, name)))
     for name in ("norm_first", "bptt", "recompute"):
         need(type(getattr(config, name)) is bool, name, "True or False")
     heads = config.n_heads
@@ -785,37 +781,37 @@ def check_config(config: Config) -> None:
     need(config.compression in COMPRESSIONS, "compression", f"one of {', '.join(COMPRESSIONS)}")
     losses = ", ".join(COMPRESSION_LOSSES)
     need(config.compression_loss in COMPRESSION_LOSSES, "compression_loss", f"one of {losses}")
-    number = type(config.dropout) in (int, float)
+    number = isinstance(config.dropout, numbers.Real)
     need(number and 0 <= config.dropout < 1, "dropout", "a number in [0, 1)")
+    object.__setattr__(config, "dropout", float(config.dropout))
 
 
 def check_input(model: CompressiveTransformer, tokens: Tensor, memory: Memory | None) -> None:
     """Raise TypeError or ValueError for tokens and memories that do not fit the model or each
     other."""
-    vocab_size = model.config.vocab_size
     weight = model.embedding.weight
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens must be a tensor, got {type(tokens)}")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens must be torch.int64 or torch.int32, got {tokens.dtype}")
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(f"tokens must be [B, T], both at least 1, got {list(tokens.shape)}")
     if tokens.device != weight.device:
         raise ValueError(f"tokens must have device {weight.device}, got {tokens.device}")
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-        for token in torch.stack(tokens.aminmax()).tolist():
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"tokens must lie in [0, {vocab_size}), got {token}")
     if memory is None:
         return
-    if not isinstance(memory, tuple) or len(memory) != 2:
+    if not isinstance(memory, (tuple, list)) or len(memory) != 2:
         raise TypeError(f"memory must be a Memory(mem, c_mem) or None, got {type(memory)}")
     L = model.config.n_layers
     for name, layers in zip(Memory._fields, memory, strict=True):
         if len(layers) != L:
             raise ValueError(f"memory.{name} must have {L} layers, got {len(layers)}")
-        expected = [tokens.size(0), *layers[0].shape[1:2], weight.size(1)]
         for i, slots in enumerate(layers):
             where = f"memory.{name}[{i}]"
+            if not isinstance(slots, Tensor):
+                raise TypeError(f"{where} must be a tensor, got {type(slots)}")
             shape = list(slots.shape)
+            expected = [tokens.size(0), *layers[0].shape[1:2], weight.size(1)]
             if shape != expected:
                 raise ValueError(f"{where} must be [B, slots, D] = {expected}, got {shape}")
             if slots.dtype != weight.dtype:
@@ -826,9 +822,14 @@ def check_input(model: CompressiveTransformer, tokens: Tensor, memory: Memory | 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None) -> None:
     """Raise ValueError for what `generate` cannot work with."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
+    if not is_integer(max_new_tokens, 0):
+        raise ValueError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens}")
+    if not isinstance(temperature, numbers.Real) or not temperature >= 0:
+        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
+    if top_k is not None and not is_integer(top_k, 1):
+        raise ValueError(f"top_k must be None or an integer of at least 1, got {top_k}")
+
+
+def is_integer(value: object, least: int) -> bool:
+    """Whether value is an integer, Python's or NumPy's, of at least `least`."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least

@@ -830,12 +830,13 @@ def test_update_memory_shows_the_example_of_its_docstring():
         for word in ("cdef", "a", "ghi")
     ]
     pool = api.MeanPoolCompression(1, 2)
-    update = api.update_memory(*letters, pool, mem_len=4, c_mem_len=9, compression_rate=2)
+    lengths = {"mem_len": 4, "c_mem_len": 9, "compression_rate": 2}
+    update = api.update_memory(*letters, pool, api.Config(**lengths))
     assert [chr(int(x)) for x in update.mem.flatten()] == ["g", "h", "i"]
     assert [chr(int(x)) for x in update.old.flatten()] == ["c", "d", "e", "f"]
     assert update.compressed.flatten().tolist() == [ord("c") + 0.5, ord("e") + 0.5]
     assert update.c_mem.flatten().tolist() == [ord("a"), ord("c") + 0.5, ord("e") + 0.5]
-    update = api.update_memory(*letters, pool, mem_len=4, c_mem_len=0, compression_rate=2)
+    update = api.update_memory(*letters, pool, api.Config(**lengths | {"c_mem_len": 0}))
     assert [chr(int(x)) for x in update.mem.flatten()] == ["f", "g", "h", "i"]
     assert all(part.size(1) == 0 for part in update[1:])
 
@@ -855,7 +856,7 @@ def test_parts_refuse_what_does_not_fit():
             used(torch.zeros(2, 6, 8), torch.zeros(shape))
     model, text = make(), tokens(SMALL, 2, 3)
     mem, c_mem = model(text).memory
-    for memory in ([mem, c_mem], (mem, c_mem, c_mem), mem[0]):
+    for memory in ([mem, c_mem, c_mem], (mem,), mem[0]):
         with pytest.raises(TypeError, match=r"memory must be a Memory\(mem, c_mem\) or None, got"):
             model(text, memory)
     with pytest.raises(FrozenInstanceError):
@@ -887,11 +888,6 @@ def test_losses_alone_train_the_compressed_slots_alone():
     assert api.attention_reconstruction_loss(attention, h, old[:, :1], new[:, :1]) > 0
     api.autoencoding_loss(decompress, old, new).backward()
     assert old.grad is None and decompress.conv.weight.grad.abs().sum() > 0
-    for loss in (
-        api.attention_reconstruction_loss(attention, h, old[:, :0], new[:, :0]),
-        api.autoencoding_loss(decompress, old[:, :0], new[:, :0]),
-    ):
-        assert loss == 0 and loss.shape == ()
 
 
 # By hand: torch's own would take seconds to be imported, and to import what the file needs not.
