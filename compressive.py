@@ -668,11 +668,12 @@ class CompressiveTransformer(nn.Module):
             memory = self.initial_memory(tokens.size(0))
         mem, c_mem = memory
         try:
-            h = self.dropout(self.embedding(tokens))
+            embedded = self.embedding(tokens)
         except IndexError:
             V = self.config.vocab_size
             wrong = tokens[(tokens < 0) | (tokens >= V)][0].item()
             raise ValueError(f"tokens must lie in [0, {V}), got {wrong}") from None
+        h = self.dropout(embedded)
         S = c_mem[0].size(1) + mem[0].size(1) + tokens.size(1)
         dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 cannot count to 257
         distance = torch.arange(S - 1, -1, -1, dtype=dtype, device=h.device)

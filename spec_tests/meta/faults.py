@@ -18,19 +18,20 @@ def fault(rule: str, what: str, *changes: str) -> Fault:
 MASK = "scores[..., S - T :].masked_fill_(future, -math.inf)"
 READ = "attended, weights = self.attention(x, mem, c_mem, positions, need_weights or most_used)"
 REMEMBER = "self.remember(x, mem, c_mem, weights)"
-OLD = "old = held[:, : n * compression_rate]"
-LEAVING = "leaving = n * compression_rate"
+OLD = "old = held[:, : n * c]"
+LEAVING = "leaving = n * c"
 STAYS = "held[:, leaving:]"
 JOIN = "c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)"
-CUT = "c_mem[:, max(0, c_mem.size(1) - c_mem_len) :]"
-COUNT = "n = -(-overflow // compression_rate)"
-OVERFLOW = "overflow = max(0, held.size(1) - mem_len)"
-EMBED = "h = self.dropout(self.embedding(tokens))"
+CUT = "c_mem[:, max(0, c_mem.size(1) - config.c_mem_len) :]"
+COUNT = "n = -(-overflow // c)"
+OVERFLOW = "overflow = max(0, held.size(1) - config.mem_len)"
+EMBED = "h = self.dropout(embedded)"
 DETACH = "            x = x.detach()\n            mem = mem.detach()\n"
 DETACH_NEW = "update = update._replace(c_mem=update.c_mem.detach())"
 RETURN = "return LayerOutput(h, update.mem, "
 MEMS = "mem = tuple(output.mem for output in outputs)"
 TURN = "for layer, m, cm in zip(self.layers, mem, c_mem, strict=True):"
+NO_LOSS = "loss = x.new_zeros(())"
 LOSS = "return attention_reconstruction_loss(self.attention, x, old, compressed)"
 QUERIES = "        q = attention.heads(attention.query(h))\n"
 TARGET = "        target = attend(q, attention.key_value(old))\n"
@@ -159,15 +160,15 @@ FAULTS = [
         "MEM-1",
         "the newest leave",
         OLD,
-        "stay = held.size(1) - leaving\n    old = held[:, stay : stay + n * compression_rate]",
+        "stay = held.size(1) - leaving\n    old = held[:, stay : stay + n * c]",
         STAYS,
         "held[:, :stay]",
     ),
     fault(
         "MEM-1",
         "newest first",
-        "held = torch.cat([mem, h], dim=1)",
-        "held = torch.cat([mem, h.flip(1)], dim=1)",
+        "h.to(mem.dtype)]",
+        "h.to(mem.dtype).flip(1)]",
     ),
     fault(
         "MEM-1",
@@ -201,13 +202,13 @@ FAULTS = [
         "MEM-2",
         "a rest stays",
         COUNT,
-        "n = overflow // compression_rate",
+        "n = overflow // c",
     ),
     fault(
         "MEM-3",
         "a rest is lost",
         COUNT,
-        "n = overflow // compression_rate",
+        "n = overflow // c",
         LEAVING,
         "leaving = overflow",
     ),
@@ -221,7 +222,7 @@ FAULTS = [
         "MEM-3",
         "the newest compressed slots are forgotten",
         CUT,
-        "c_mem[:, :c_mem_len]",
+        "c_mem[:, : config.c_mem_len]",
     ),
     fault(
         "MEM-3",
@@ -233,14 +234,14 @@ FAULTS = [
         "MEM-4",
         "memory one slot too short",
         OVERFLOW,
-        OVERFLOW.replace("- mem_len", "- max(0, mem_len - 1)"),
+        OVERFLOW.replace("config.mem_len", "max(0, config.mem_len - 1)"),
     ),
     fault("MEM-4", "nothing is remembered", RETURN, RETURN.replace("update.mem", "mem[:, :0]")),
     fault(
         "MEM-4",
         "compressed where memory is just full",
         OVERFLOW,
-        OVERFLOW + " + (held.size(1) == mem_len > 0)",
+        OVERFLOW + " + (held.size(1) == config.mem_len > 0)",
     ),
     fault(
         "MEM-4",
@@ -252,21 +253,19 @@ FAULTS = [
         "MEM-4",
         "one block too many, where c divides",
         COUNT,
-        "n = (overflow + compression_rate) // compression_rate * (overflow > 0)",
+        "n = (overflow + c) // c * (overflow > 0)",
     ),
     fault(
         "MEM-4",
         "a loss where nothing was compressed",
-        "return compressed.new_zeros(())",
-        "return compressed.new_ones(())",
-        "return old.new_zeros(())",
-        "return old.new_ones(())",
+        NO_LOSS,
+        f"{NO_LOSS} + (update.old.size(1) == 0)",
     ),
     fault(
         "MEM-4",
         "a loss where there is none",
-        "return x.new_zeros(())",
-        "return x.new_ones(())",
+        NO_LOSS,
+        f'{NO_LOSS} + (self.compression_loss == "none")',
     ),
     fault(
         "MEM-5",
@@ -530,13 +529,13 @@ FAULTS = [
         "MOD-1",
         "whole blocks leave although nothing is compressed",
         "leaving = overflow",
-        "leaving = -(-overflow // compression_rate) * compression_rate",
+        "leaving = -(-overflow // c) * c",
     ),
     fault(
         "MOD-1",
         "one slot is kept by a memory of length zero",
         OVERFLOW,
-        "mem_len = max(mem_len, 1)\n    " + OVERFLOW,
+        OVERFLOW.replace("config.mem_len", "max(config.mem_len, 1)"),
     ),
     fault(
         "MOD-2",
@@ -547,8 +546,8 @@ FAULTS = [
     fault(
         "MOD-2",
         "no loss in evaluation mode",
-        'if self.compression_loss == "none":',
-        'if self.compression_loss == "none" or not self.training:',
+        "if need_loss and",
+        "if need_loss and self.training and",
     ),
     fault(
         "MOD-3",
@@ -577,6 +576,6 @@ FAULTS = [
         "if memory is None",
     ),
     fault(
-        "MOD-5", "tokens are not looked at", 'if tokens.device.type == "cpu" and', "if False and"
+        "MOD-5", "tokens out of range are torch's business", "except IndexError", "except KeyError"
     ),
 ]

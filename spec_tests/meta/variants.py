@@ -110,8 +110,8 @@ VARIANTS = {
         (
             ("losses.mean()", "losses.sum()"),
             (
-                'if self.compression_loss == "none":',
-                'if self.compression_loss == "none" or not self.training:',
+                "if need_loss and",
+                "if need_loss and self.training and",
             ),
         ),
     ),
