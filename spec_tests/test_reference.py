@@ -2,12 +2,17 @@
 own tools, and its parts used alone."""
 
 import copy
+import io
 import itertools
+import math
+import numbers
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 
 from . import oracle
@@ -169,10 +176,16 @@ def test_tokens_keep_their_dtype(dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
-        ({"max_new_tokens": 1, "temperature": -0.5}, "temperature must be at least 0, got -0.5"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be an integer of at least 0, got -1"),
+        (
+            {"max_new_tokens": 1, "temperature": -0.5},
+            "temperature must be a number of at least 0, got -0.5",
+        ),
         ({"max_new_tokens": 1, "temperature": float("nan")}, "temperature must be .*, got nan"),
-        ({"max_new_tokens": 1, "top_k": 0}, "top_k must be at least 1 or None, got 0"),
+        (
+            {"max_new_tokens": 1, "top_k": 0},
+            "top_k must be None or an integer of at least 1, got 0",
+        ),
     ],
 )
 def test_generate_refuses_what_cannot_work(options, message):
@@ -212,7 +225,7 @@ def three(batch: int = 2, d_model: int = 8) -> list[Slots]:
 def test_wrong_tokens_are_refused(bad, error, message):
     model = reference.build(PLAIN)
     with pytest.raises(error, match=message):
-        reference.step(model, bad, reference.start(model, 2))
+        model(bad)
 
 
 def one_bad(change):
@@ -263,9 +276,9 @@ def one_bad(change):
 )
 def test_a_memory_that_does_not_fit_is_refused(bad, error, message):
     model = reference.build(PLAIN)
-    state = reference.replace(reference.start(model, 2), bad())
+    mem, c_mem = zip(*bad(), strict=True)
     with pytest.raises(error, match=message):
-        reference.step(model, tokens(PLAIN, 2, 3), state)
+        model(tokens(PLAIN, 2, 3), api.Memory(mem, c_mem))
 
 
 @pytest.mark.parametrize(
@@ -888,6 +901,147 @@ def test_losses_alone_train_the_compressed_slots_alone():
     assert api.attention_reconstruction_loss(attention, h, old[:, :1], new[:, :1]) > 0
     api.autoencoding_loss(decompress, old, new).backward()
     assert old.grad is None and decompress.conv.weight.grad.abs().sum() > 0
+
+
+def filled_memory(model: api.CompressiveTransformer) -> api.Memory:
+    return model(tokens(SMALL, 2, 40)).memory
+
+
+def test_a_memory_is_saved_and_loaded_by_the_defaults_of_torch():
+    memory = filled_memory(make())
+    file = io.BytesIO()
+    torch.save(memory, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert type(loaded) is api.Memory
+    for one, other in zip(sum(memory, ()), sum(loaded, ()), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_memory_owns_its_storage():
+    for slots in sum(filled_memory(make()), ()):
+        assert slots.untyped_storage().nbytes() == slots.nbytes
+
+
+def test_the_rows_of_a_memory_can_be_chosen():
+    model = make()
+    memory = filled_memory(model)
+    swapped = memory.map(lambda slots: slots[[1, 0, 1]])
+    assert type(swapped) is api.Memory
+    text = tokens(SMALL, 3, 5)
+    logits = model(text, swapped).logits
+    same = model(text[[1, 0]], memory).logits
+    assert torch.allclose(logits[[1, 0]], same)
+
+
+def test_a_memory_may_be_of_lists():
+    model = make()
+    memory = filled_memory(model)
+    text = tokens(SMALL, 2, 5)
+    as_lists = [list(layers) for layers in memory]
+    assert torch.equal(model(text, as_lists).logits, model(text, memory).logits)
+
+
+def test_a_memory_keeps_its_dtype_where_autocast_gives_another():
+    slots = torch.zeros(1, 3, 8, dtype=torch.bfloat16)
+    new = torch.ones(1, 6, 8)
+    config = api.Config(mem_len=4, c_mem_len=2, compression_rate=2)
+    update = api.update_memory(slots, slots, new, api.MeanPoolCompression(8, 2), config)
+    assert update.mem.dtype == update.c_mem.dtype == torch.bfloat16
+
+
+class Three:
+    """An integer that is not Python's, as NumPy's are."""
+
+    def __int__(self) -> int:
+        return 3
+
+    def __ge__(self, other: int) -> bool:
+        return 3 >= other
+
+
+numbers.Integral.register(Three)
+
+
+def test_settings_may_be_numbers_of_other_kinds():
+    config = api.Config(n_layers=Three(), c_mem_len=Three(), dropout=Fraction(1, 4))
+    assert type(config.n_layers) is type(config.c_mem_len) is int
+    assert config == api.Config(n_layers=3, c_mem_len=3, dropout=0.25)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": None}, "max_new_tokens must be an integer of at least 0, got None"),
+        ({"max_new_tokens": 1, "top_k": 2.0}, "top_k must be None or an integer .*, got 2.0"),
+        ({"max_new_tokens": 1, "temperature": "hot"}, "temperature must be a number .*, got hot"),
+        ({"max_new_tokens": 1, "temperature": math.nan}, "temperature must be a .*, got nan"),
+    ],
+)
+def test_generate_names_an_argument_of_the_wrong_kind(options, message):
+    with pytest.raises(ValueError, match=message):
+        make().generate(tokens(SMALL, 1, 3), **options)
+
+
+def test_what_is_no_tensor_is_refused():
+    model = make()
+    for bad in ([[1, 2]], None, 3):
+        with pytest.raises(TypeError, match=f"tokens must be a tensor, got {type(bad)}"):
+            model(bad)
+    with pytest.raises(TypeError, match=r"memory.mem\[0\] must be a tensor, got"):
+        model(tokens(SMALL, 1, 2), api.Memory((None, None), (None, None)))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-37, 1e-46, 5e-324])
+def test_the_limit_of_temperature_is_greedy(temperature):
+    model = make().eval()
+    prompt = tokens(SMALL, 2, 3)
+    greedy = model.generate(prompt, 20, temperature=0)
+    assert torch.equal(model.generate(prompt, 20, temperature=temperature), greedy)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_are_no_text(temperature):
+    model = make()
+    with torch.no_grad():
+        model.logits.bias[1] = math.nan
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        model.generate(tokens(SMALL, 1, 3), 1, temperature=temperature)
+
+
+def test_generate_warns_where_dropout_would_change_the_text():
+    prompt = tokens(SMALL, 1, 3)
+    model = make(dropout=0.5)
+    with pytest.warns(UserWarning, match="call eval") as warned:
+        model.train().generate(prompt, 1)
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval().generate(prompt, 1)
+        make().train().generate(prompt, 1)
+
+
+def test_gradients_of_each_row_come_by_vmap():
+    model = make()
+    text = tokens(SMALL, 3, 5)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict, row: torch.Tensor) -> torch.Tensor:
+        output = functional_call(model, parameters, (row[None],))
+        return F.cross_entropy(output.logits[0, :-1], row[1:])
+
+    of_rows = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, text)
+    alone = torch.func.grad(loss)(parameters, text[1])
+    for name in parameters:
+        assert torch.allclose(of_rows[name][1], alone[name], atol=1e-6)
+
+
+def test_shapes_can_be_had_from_fake_tensors():
+    with FakeTensorMode():
+        model = api.CompressiveTransformer(api.Config(vocab_size=9))
+        output = model(torch.zeros(2, 100, dtype=torch.int64))
+    assert output.logits.shape == (2, 100, 9)
+    assert output.memory.mem[0].shape == (2, 64, 128)
 
 
 # By hand: torch's own would take seconds to be imported, and to import what the file needs not.

@@ -84,7 +84,7 @@ VARIANTS = {
                 OLD,
                 "old = held[:, :0]\n"
                 "    if n > 0:\n"
-                "        missing = n * compression_rate - overflow\n"
+                "        missing = n * c - overflow\n"
                 "        old = F.pad(held[:, :overflow], (0, 0, missing, 0))",
             ),
             (
@@ -100,7 +100,7 @@ VARIANTS = {
         ("weights",),
         (
             (ASKS, "if False:"),
-            (COUNT, "n = overflow // compression_rate"),
+            (COUNT, "n = overflow // c"),
             (LEAVING, "leaving = overflow"),
         ),
     ),
