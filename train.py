@@ -72,13 +72,17 @@ WITH_RESUME = ["data", "device", "compile", "save_every", "sample_bytes"]
 WITH_RESUME += ["eval_mem_len", "eval_c_mem_len"]
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+def make_parser() -> Parser:
+    parser = Parser(
         "train.py",
         description="Train a byte-level Compressive Transformer on text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.error = fail  # in one line
     add = parser.add_argument
     add(
         "--out", type=Path, default=time.strftime("runs/%Y-%m-%d_%H-%M-%S"), help="the run's folder"
@@ -159,6 +163,14 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch raises either
         fail(f"--device {name} cannot be used: {error}; try --device cpu")
     return torch.device(name)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities()
+    return device.type == "cpu" and bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 # ------------------------------------------------------------------------------- text, files
@@ -502,8 +514,7 @@ def run(args: Namespace, state: dict | None) -> None:
     config, eval_config = make_configs(args)
     device = find_device(args.device)
     if args.dtype == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = "bfloat16" if fast else "float32"
+        args.dtype = "bfloat16" if has_bfloat16(device) else "float32"
     text = find_text(args.data)
     if text.length < 20 * args.batch_size:  # or a row may have no byte to predict
         fail(f"--data {args.data} is too short for {args.batch_size} rows: name a longer text")
