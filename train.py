@@ -51,8 +51,7 @@ WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """End the program with one line. Status 2: what the user gave does not work."""
-    line = printable(message.replace("\n", " "))
-    print("train.py:", line, file=sys.stderr, flush=True)
+    print("train.py:", printable(message.replace("\n", " ")), file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -84,9 +83,8 @@ def make_parser() -> Parser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--out", type=Path, default=time.strftime("runs/%Y-%m-%d_%H-%M-%S"), help="the run's folder"
-    )
+    now = time.strftime("runs/%Y-%m-%d_%H-%M-%S")
+    add("--out", type=Path, default=now, help="the run's folder")
     add("--resume", default="", help="go on with the run in this folder, with its settings")
     add("--eval-only", action="store_true", help="only evaluate the run")
     add("--sample", action="store_true", help="only generate from the run")
