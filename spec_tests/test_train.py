@@ -428,3 +428,13 @@ def test_an_epoch_reads_every_byte_of_the_text_once(here, monkeypatch, length, r
     for row in range(rows):  # each row goes on where it was, and begins anew with its stretch
         targets = [byte for parts in reads for byte in parts[row][1:]]
         assert targets == 2 * list(range(row * share + 1, row * share + share + 1))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)],
+)
+def test_bfloat16_is_for_a_cpu_that_multiplies_it(monkeypatch, capabilities: dict, fast: bool):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert trainer.has_bfloat16(torch.device("cpu")) == fast
+    assert not trainer.has_bfloat16(torch.device("meta"))
