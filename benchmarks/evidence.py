@@ -83,7 +83,7 @@ TEXTS = ("stdlib", "tinyshakespeare")
 PARTS = ("recall", "text")
 
 
-def make_jobs(parts: list[str], quick: bool, steps: int | None) -> list[Job]:
+def make_jobs(parts: list[str], texts: list[str], quick: bool, steps: int | None) -> list[Job]:
     """The arms of a seed stand together, so that a script that was stopped has whole seeds."""
     jobs = []
     if "recall" in parts:
@@ -91,8 +91,8 @@ def make_jobs(parts: list[str], quick: bool, steps: int | None) -> list[Job]:
             for arm, changes in RECALL_ARMS.items():
                 jobs.append(recall_job(arm, changes, seed, quick, steps))
     if "text" in parts:
-        for seed in range(2 if quick else 4):
-            for data in TEXTS:
+        for seed in range(2 if quick else 3):
+            for data in texts:
                 for arm, changes in TEXT_ARMS.items():
                     jobs.append(text_job(data, arm, changes, seed, quick, steps))
     return jobs
@@ -468,6 +468,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What compressed memory is good for, measured.")
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run and to show")
+    add("--texts", nargs="+", choices=TEXTS, default=TEXTS, help="for part text")
     add("--quick", action="store_true", help="two seeds, a tenth of the steps")
     add("--steps", type=int, help="of each training, instead of those that belong to it")
     add("--out", type=Path, help="folder of the results; by default benchmarks, or runs/evidence")
@@ -480,7 +481,10 @@ def main() -> None:
         parser.error(f"--steps must be at least 20, got {args.steps}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        jobs = make_jobs(args.parts, args.quick, args.steps)
+        if "text" in args.parts:
+            for data in args.texts:
+                find_text(data)  # fetched here, before two runs fetch it at a time
+        jobs = make_jobs(args.parts, args.texts, args.quick, args.steps)
         done = run_all(jobs, out / "evidence.jsonl", args.processes)
         write([done[job] for job in jobs], out)
     except KeyboardInterrupt:

@@ -21,11 +21,11 @@ PAPER = {  # bits per character on enwik8, Table 5
     "max pooling": 0.986,
     "convolution, BPTT alone": 0.996,
 }
-RECALL_PICTURE = {  # arms and colours
-    "Transformer-XL, 160 slots": "grey",
-    "convolution, attention loss": "C0",
-    "convolution, auto-encoding loss": "C1",
-    "Transformer-XL, 64 slots": "C3",
+RECALL_PICTURE = {  # arms, and how they are named and coloured there
+    "Transformer-XL, 160 slots": ("Transformer-XL, 160 slots", "grey"),
+    "convolution, attention loss": ("Compressive, 32 + 32 slots", "C0"),
+    "convolution, auto-encoding loss": ("the same, auto-encoding loss", "C1"),
+    "Transformer-XL, 64 slots": ("Transformer-XL, 64 slots", "C3"),
 }
 RECALL_EDGES = (0, 16, 32, 64, 96, 128, 160, 192, 256, 384, 640)
 BEYOND = (96, 160)  # further than 64 slots and a segment reach, as far as 32 + 4 * 32 do
@@ -154,18 +154,18 @@ def order_table(recall: Records) -> str:
 
 def draw_recall(axes: Any, recall: Records) -> None:
     width = 16
-    starts = range(0, 256, width)
+    starts = range(0, 320, width)
     middles = [start + width / 2 for start in starts]
-    for arm, color in RECALL_PICTURE.items():
+    for arm, (label, color) in RECALL_PICTURE.items():
         of_starts = [accuracies(recall, arm, start, start + width) for start in starts]
-        draw_curve(axes, middles, of_starts, label=arm, color=color)
+        draw_curve(axes, middles, of_starts, label=label, color=color)
     chance = 1 / recall[0]["values"]
     axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
-    axes.annotate("chance", (250, chance), color="grey", va="bottom", ha="right")
+    axes.annotate("chance", (2, chance), color="grey", va="bottom")
     for place, what in ((64, "64 slots reach"), (160, "32 + 4 · 32 slots reach")):
         axes.axvspan(place, place + 32, color="grey", alpha=0.12, linewidth=0)
         axes.annotate(what, (place, 1.02), color="grey", va="bottom")
-    axes.set(xlim=(0, 256), ylim=(0.15, 1.1), ylabel="right answers")
+    axes.set(xlim=(0, 320), ylim=(0.15, 1.1), ylabel="right answers")
     axes.set_xlabel("tokens since the value was written")
     axes.legend(loc="center right")
 
@@ -371,7 +371,9 @@ def draw_pictures(recall: Records, text: Records, out: Path) -> None:
     if text:
         figure = Figure(figsize=(10, 4.5), layout="constrained")
         texts = distinct(text, "data")
-        for axes, data in zip(figure.subplots(1, len(texts), sharey=True), texts, strict=True):
+        for axes, data in zip(
+            figure.subplots(1, len(texts), sharey=True, squeeze=False)[0], texts, strict=True
+        ):
             draw_repeats(axes, text, data)
         figure.savefig(out / "repeats.png", dpi=110)
         figure = Figure(figsize=(12, 3.8), layout="constrained")

@@ -172,9 +172,11 @@ def test_MEM_4_c_n_memories_become_n_slots_and_only_on_overflow(impl: Implementa
             of_something &= bool(old.flatten(1).any(dim=1).all())
         if full and of_something:
             made = min(len(blocks), settings.c_mem_len)
-            left = forgotten(before.c_mem, after.c_mem)
+            stay = before.c_mem.size(1) - made
+            # Not counted: the same token twice makes equal slots, and fewer seem to have left.
+            moved = torch.equal(before.c_mem[:, made:], after.c_mem[:, :stay])
             what = f"compressed slots that others replaced {where}"
-            holds(left == made, what, made, left)
+            holds(moved, what, made, forgotten(before.c_mem, after.c_mem))
 
 
 def forgotten(before: Tensor, after: Tensor) -> int:

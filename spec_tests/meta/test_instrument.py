@@ -133,8 +133,8 @@ def test_the_adapter_of_the_readme_works_at_the_first_attempt():
 
 @pytest.mark.elsewhere
 def test_a_failure_teaches_and_can_be_done_again():
-    old = "old = held[:, : n * compression_rate]"
-    new = "keep = held.size(1) - leaving; old = held[:, keep : keep + n * compression_rate]"
+    old = "old = held[:, : n * c]"
+    new = "keep = held.size(1) - leaving; old = held[:, keep : keep + n * c]"
     with users_folder() as folder:
         change(folder, old, new)
         change(folder, "held[:, leaving:]", "held[:, :keep]")

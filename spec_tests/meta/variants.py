@@ -12,9 +12,9 @@ SOURCE = Path(reference.compressive.__file__).read_text()
 FOR_SPEED = SOURCE[SOURCE.index("class FasterAttention(") : SOURCE.index("class Compression(")]
 READ = "attended, weights = self.attention(x, mem, c_mem, positions, need_weights or most_used)"
 REMEMBER = "self.remember(x, mem, c_mem, weights)"
-COUNT = "n = -(-overflow // compression_rate)"
-LEAVING = "leaving = n * compression_rate"
-OLD = "old = held[:, : n * compression_rate]"
+COUNT = "n = -(-overflow // c)"
+LEAVING = "leaving = n * c"
+OLD = "old = held[:, : n * c]"
 ASKS = "if config.c_mem_len > 0:"
 LOSS = "return attention_reconstruction_loss(self.attention, x, old, compressed)"
 
