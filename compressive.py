@@ -448,8 +448,9 @@ def update_memory(
     gives what is new another, and own their storage: a view would keep alive all that left.
     """
     c = config.compression_rate
-    held = torch.cat([mem, h.to(mem.dtype)], dim=1)  # [B, M + T, D]; in the paper the oldest leave
-    overflow = max(0, held.size(1) - config.mem_len)  # before h comes: the same slots stay
+    # In the paper the oldest leave before h comes: the same slots stay.
+    held = torch.cat([mem, h.to(mem.dtype)], dim=1)  # [B, M + T, D]
+    overflow = max(0, held.size(1) - config.mem_len)
     if config.c_mem_len == 0:
         n = 0
         leaving = overflow

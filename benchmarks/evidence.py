@@ -13,7 +13,9 @@ from that file.
 """
 
 import argparse
+import bisect
 import heapq
+import itertools
 import json
 import math
 import os
@@ -158,7 +160,7 @@ def run(job: Job) -> dict:
     """Train a model and measure it: a line of evidence.jsonl."""
     began = time.perf_counter()
     torch.set_num_threads(1)  # the other processes have the other cores
-    torch.manual_seed(job.seed)  # arms of a seed begin with the same weights
+    torch.manual_seed(job.seed)  # arms with the same parameters begin with the same weights
     model = CompressiveTransformer(Config(**job.config))
     if job.part == "recall":
         tokens, _, targets = recall_rows(job.seed, job.batch_size, job.steps * job.segments)
@@ -365,7 +367,7 @@ def bits_of_words(bits: Tensor, rows: list[bytes]) -> dict[str, list[float]]:
 
 def bucket_names() -> list[str]:
     edges = (0, *REPEATS)
-    names = [f"{low}-{high}" for low, high in zip(edges, edges[1:], strict=False)]
+    names = [f"{low}-{high}" for low, high in itertools.pairwise(edges)]
     return [*names, f"{REPEATS[-1]} or more", "not before"]
 
 
@@ -373,8 +375,7 @@ def bucket(distance: int | None) -> str:
     names = bucket_names()
     if distance is None:
         return names[-1]
-    passed = [edge for edge in REPEATS if distance >= edge]
-    return names[len(passed)]
+    return names[bisect.bisect_right(REPEATS, distance)]
 
 
 def bpc_of_c_mem_len(model: CompressiveTransformer, tokens: Tensor) -> dict[str, float]:

@@ -2,9 +2,11 @@
 """The tables and pictures of evidence.md, from the records that evidence.py made.
 
 Everywhere the mean over the seeds and its 95% interval (Student's); differences are taken seed by
-seed, since the arms of a seed begin with the same weights and read the same text.
+seed. The arms of a seed read the same text (BPTT's rows are fewer and longer), and begin with the
+same weights where they have the same parameters.
 """
 
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -121,7 +123,7 @@ def accuracies(recall: Records, arm: str, low: int, high: int) -> list[float]:
 
 
 def recall_table(recall: Records) -> str:
-    ranges = list(zip(RECALL_EDGES, RECALL_EDGES[1:], strict=False))
+    ranges = list(itertools.pairwise(RECALL_EDGES))
     rows = []
     for arm in distinct(recall, "arm"):
         cells = [shown(accuracies(recall, arm, low, high), 2) for low, high in ranges]

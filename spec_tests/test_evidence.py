@@ -61,6 +61,14 @@ def test_words_are_sorted_by_how_far_back_they_stood():
     assert sum(count for _, count in totals.values()) == 12
 
 
+def test_a_bucket_begins_with_its_edge():
+    assert evidence.bucket(31) == "0-32"
+    assert evidence.bucket(32) == "32-64"
+    assert evidence.bucket(4095) == "1024-4096"
+    assert evidence.bucket(4096) == "4096 or more"
+    assert evidence.bucket(None) == "not before"
+
+
 def test_rows_of_text_go_on_behind_its_end():
     job = evidence.text_job("stdlib", "", {}, seed=3, quick=True, steps=2)
     data = bytes(range(100))
