@@ -57,6 +57,7 @@ class Declaration:
     mem_len: str = "any"  # or at least one, or rate: at least c, or segment: at least a segment's
     c_mem_len: str = "any"  # or at least one, or block: at least mem_len // compression_rate
     compress_nothing: bool = False  # f_c takes an empty block
+    compiled: bool = False  # True: each shape anew, which takes long, so that few are drawn
     dtype: str = "float64"  # or float32, where float64 does not work
     known: Mapping[str, str] = field(default_factory=dict)  # rule or test -> why it fails
     not_claimed: Mapping[str, str] = field(default_factory=dict)  # the same -> why not for it

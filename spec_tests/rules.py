@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-VERSION = "1.0"  # README.md has what changed with each
+VERSION = "1.1"  # README.md has what changed with each
 
 
 class Rule(NamedTuple):

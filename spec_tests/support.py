@@ -128,40 +128,28 @@ def cases(
         only_rests = own_way and rest
         multiples = divisible or (own_way and not rest)
 
-        rates = st.integers(3 if only_rests else 1, 4)
-        heads = st.sampled_from([1, 2, 3])
-        head_widths = st.sampled_from([4, 6])  # of 2 a norm would leave the sign
-        layers = st.integers(1, 3)
-        inner_widths = st.sampled_from([10, 14])  # so many ReLUs are not all dead
+        draw_size = draw_any_size
+        draw_schedule = draw_any_schedule
+        if declared.compiled:
+            draw_size = draw_one_of_few_sizes
+            draw_schedule = draw_one_of_few_schedules
         lowest = 0 if zeros else 1
-        memories = st.integers(lowest, 7)
-        compressed_memories = st.integers(lowest, 4)
         constant = {k: value for k, value in fixed.items() if not isinstance(value, tuple)}
 
         @st.composite
         def draw_case(draw: st.DrawFn) -> Case:
-            rate = draw(rates)
-            n_heads = draw(heads)
-            settings = Settings(
-                d_model=n_heads * draw(head_widths),
-                n_heads=n_heads,
-                n_layers=draw(layers),
-                d_ff=draw(inner_widths),
-                mem_len=draw(memories),
-                c_mem_len=draw(compressed_memories),
-                compression_rate=rate,
+            size = draw_size(draw, lowest, only_rests)
+            settings = size._replace(
                 compression=draw(compressions),
                 compression_loss=draw(losses),
                 norm_first=draw(norms_first),
             )
             settings = settings._replace(**constant)
-            lengths = st.integers(shortest, longest)
-            if only_rests:
-                lengths = lengths.filter(lambda T: T % rate)
+            rate = settings.compression_rate
+            lengths = [T for T in range(shortest, longest + 1) if T % rate or not only_rests]
+            schedule = draw_schedule(draw, lengths, steps)
             if declared.segments == "full":
-                schedule = [draw(lengths)] * draw(st.integers(*steps))
-            else:
-                schedule = draw(st.lists(lengths, min_size=steps[0], max_size=steps[1]))
+                schedule = schedule[:1] * len(schedule)
             only_from_memory = declared.start == "zeros" and declared.segments != "any"
             if readable and (only_from_memory or draw(st.booleans())):
                 least = max(schedule) + rate - 1  # so many stay, whatever leaves
@@ -171,6 +159,61 @@ def cases(
         return draw_case()
 
     return strategy
+
+
+def counts(least: int, most: int) -> Callable[[Implementation], st.SearchStrategy[int]]:
+    """A number from least to most; one of these two where few shapes are to be drawn."""
+
+    def strategy(impl: Implementation) -> st.SearchStrategy[int]:
+        if impl.declared.compiled:
+            return st.sampled_from([least, most])
+        return st.integers(least, most)
+
+    return strategy
+
+
+def draw_any_size(draw: st.DrawFn, lowest: int, only_rests: bool) -> Settings:
+    """Memories of at least the lowest length; with `only_rests` a rate that leaves some."""
+    rate = draw(st.integers(3 if only_rests else 1, 4))
+    n_heads = draw(st.sampled_from([1, 2, 3]))
+    return Settings(
+        d_model=n_heads * draw(st.sampled_from([4, 6])),  # of 2 a norm would leave the sign
+        n_heads=n_heads,
+        n_layers=draw(st.integers(1, 3)),
+        d_ff=draw(st.sampled_from([10, 14])),  # so many ReLUs are not all dead
+        mem_len=draw(st.integers(lowest, 7)),
+        c_mem_len=draw(st.integers(lowest, 4)),
+        compression_rate=rate,
+    )
+
+
+def draw_any_schedule(draw: st.DrawFn, lengths: list[int], steps: tuple[int, int]) -> list[int]:
+    return draw(st.lists(st.sampled_from(lengths), min_size=steps[0], max_size=steps[1]))
+
+
+def draw_one_of_few_sizes(draw: st.DrawFn, lowest: int, only_rests: bool) -> Settings:
+    few = [
+        Settings(mem_len=6, compression_rate=3),
+        Settings(mem_len=2, c_mem_len=2, d_model=4, n_heads=1),
+    ]
+    if only_rests:
+        few = few[:1]
+    if lowest == 0:
+        few.append(Settings(mem_len=0, c_mem_len=0))
+    return draw(st.sampled_from(few))
+
+
+def draw_one_of_few_schedules(
+    draw: st.DrawFn, lengths: list[int], steps: tuple[int, int]
+) -> list[int]:
+    """One segment of four tokens, several of one and four in turn, if they may be so long."""
+    least, most = steps
+    few = [T for T in (1, 4) if T in lengths] or lengths[-1:]
+    if most == 1:
+        return few[-1:]
+    first = draw(st.sampled_from(few))
+    turns = [first, few[0] + few[-1] - first]
+    return (turns * most)[: max(least, min(most, 3))]
 
 
 def fit(

@@ -21,6 +21,7 @@ from .support import (
     changed,
     check,
     close,
+    counts,
     filled,
     fit,
     holds,
@@ -193,7 +194,8 @@ def behind(
     return model, impl.replace(impl.start(model, rows), slots)
 
 
-@check(case=cases(steps=(1, 1)), c_mem=st.integers(0, 8), mem=st.integers(0, 8))
+@check(case=cases(steps=(1, 1)), c_mem=counts(0, 8), mem=counts(0, 8))
+@torch.no_grad()
 def test_ATT_3_MEM_1_compressed_memory_stands_before_memory_a_position_a_slot(
     impl: Implementation, case: Case, c_mem: int, mem: int
 ):
@@ -227,7 +229,8 @@ def test_ATT_3_MEM_1_compressed_memory_stands_before_memory_a_position_a_slot(
     )
 
 
-@check(case=cases(steps=(2, 5)), c_mem=st.integers(0, 8), mem=st.integers(0, 8))
+@check(case=cases(steps=(2, 5)), c_mem=counts(0, 8), mem=counts(0, 8))
+@torch.no_grad()
 def test_ATT_3_a_token_is_as_far_away_in_memory_as_in_the_segment(
     impl: Implementation, case: Case, c_mem: int, mem: int
 ):
@@ -276,9 +279,10 @@ def with_inputs(before: list[Slots], after: list[Slots], T: int) -> list[Slots]:
 
 @check(
     case=cases(steps=(1, 1), longest=1, n_layers=1, n_heads=1, d_model=8),
-    c_mem=st.integers(0, 5),
-    mem=st.integers(0, 5),
+    c_mem=counts(0, 5),
+    mem=counts(0, 5),
 )
+@torch.no_grad()
 def test_ATT_3_a_slot_without_attention_may_as_well_not_be_there(
     impl: Implementation, case: Case, c_mem: int, mem: int
 ):
@@ -316,7 +320,7 @@ def test_ATT_3_a_slot_without_attention_may_as_well_not_be_there(
     close(what, found, without, impl.tolerance)
 
 
-@check(case=cases(longest=2, compression=WHOLE, divisible=True), before=st.integers(1, 4))
+@check(case=cases(longest=2, compression=WHOLE, divisible=True), before=counts(1, 4))
 def test_ATT_4_the_same_context_gives_the_same_logits_anywhere_in_the_stream(
     impl: Implementation, case: Case, before: int
 ):
@@ -360,6 +364,7 @@ def test_ATT_5_while_nothing_overflows_any_split_gives_the_same_logits(
 
 
 @check(case=cases())
+@torch.no_grad()
 def test_ATT_6_rows_do_not_see_each_other(impl: Implementation, case: Case):
     settings, schedule = case
     model = impl.build(settings)

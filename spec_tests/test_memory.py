@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from .implementation import Implementation, Slots, not_claimed
@@ -16,6 +15,7 @@ from .support import (
     changed,
     check,
     close,
+    counts,
     evicted,
     fit,
     holds,
@@ -228,7 +228,7 @@ def test_MEM_5_new_slots_are_the_layers_own_compression_of_what_left(
         close(f"new compressed slots {where}", found, new, impl.tolerance, causes)
 
 
-@check(case=cases(steps=(1, 1)), c=st.integers(2, 4))
+@check(case=cases(steps=(1, 1)), c=counts(2, 4))
 def test_MEM_6_slots_made_in_a_step_are_first_read_in_the_next(
     impl: Implementation, case: Case, c: int
 ):

@@ -28,7 +28,7 @@ from .verdicts import table
 SUITE = Path(__file__).parents[1]
 README = (SUITE / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-ADAPTER, LABML, LUCIDRAINS = BLOCKS
+ADAPTER, JAX, LABML, LUCIDRAINS = BLOCKS
 
 # What the adapter of README.md is for: time first, the memories in a dict, keys apart from values.
 MY_MODEL = """
