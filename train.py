@@ -83,8 +83,8 @@ def make_parser() -> Parser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    now = time.strftime("runs/%Y-%m-%d_%H-%M-%S")
-    add("--out", type=Path, default=now, help="the run's folder")
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    add("--out", type=Path, default=f"runs/{now}", help="the run's folder")
     add("--resume", default="", help="go on with the run in this folder, with its settings")
     add("--eval-only", action="store_true", help="only evaluate the run")
     add("--sample", action="store_true", help="only generate from the run")
@@ -357,7 +357,6 @@ def train(
     every = max(1, min(args.steps // 40, 50))
     losses = []  # of each step since the last record
     began = time.perf_counter()
-    first_step = step
     tokens_read = 0
     while True:
         stop = all_reduce(torch.tensor(max(received)), dist.ReduceOp.MAX).item()
@@ -368,10 +367,8 @@ def train(
             if not means.isfinite().all():
                 fail(f"the loss or its gradient is not finite after step {step - len(losses)}", 1)
             losses = []
-            seconds = time.perf_counter() - began
-            left = seconds / (step - first_step) * (args.steps - step)
             if RANK == 0:
-                report(args, step, means, tokens_read / seconds, left)
+                report(args, step, means, tokens_read / (time.perf_counter() - began))
         if saving:
             state = {
                 "model": model.state_dict(),
@@ -431,7 +428,7 @@ def train(
     return state, speed
 
 
-def report(args: Namespace, end: int, means: Tensor, speed: float, left: float) -> None:
+def report(args: Namespace, end: int, means: Tensor, speed: float) -> None:
     """Add a line for each of the last steps to metrics.jsonl, and show their mean."""
     with open(args.out / "metrics.jsonl", "a") as file:
         for step, losses in enumerate(means.tolist(), end - len(means)):
@@ -448,6 +445,7 @@ def report(args: Namespace, end: int, means: Tensor, speed: float, left: float) 
             file.write(json.dumps(record) + "\n")
 
     nats, *layers, _, _ = means.mean(dim=0).tolist()
+    left = (args.steps - end) * args.batch_size * args.segment / speed
     line = (
         f"step {end:>{len(str(args.steps))}}/{args.steps}  bpc {nats * BITS:.3f}  "
         f"compression loss {fmean(layers):.4f}  {speed:,.0f} tokens/s  {left:.0f} s left"
@@ -547,8 +545,6 @@ def run(args: Namespace, state: dict | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # For a terminal that cannot show all of UTF-8, and a log that is read while it grows.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         args, state = parse(argv)
         run(args, state)
@@ -563,4 +559,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # For a terminal that cannot show all of UTF-8, and a log that is read while it grows.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     main()

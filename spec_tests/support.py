@@ -83,7 +83,7 @@ class Case(NamedTuple):
     schedule: list[int]
 
 
-def allowed(fixed: Mapping, name: str, offered: Sequence, supported: Sequence) -> st.SearchStrategy:
+def allowed(fixed: Mapping, name: str, offered: Sequence, supported: Sequence) -> list:
     """Those of the choices that an implementation supports; none: the check is not claimed."""
     if name in fixed:
         offered = fixed[name]
@@ -92,7 +92,7 @@ def allowed(fixed: Mapping, name: str, offered: Sequence, supported: Sequence) -
     choices = [choice for choice in offered if choice in supported]
     if not choices:
         not_claimed(f"{name} is not {offered[0]!r}")
-    return st.sampled_from(choices)
+    return choices
 
 
 def cases(
@@ -130,7 +130,9 @@ def cases(
 
         draw_size = draw_any_size
         draw_schedule = draw_any_schedule
+        ways = list(itertools.product(compressions, losses, norms_first))
         if declared.compiled:
+            ways = few_ways(compressions, losses, norms_first)
             draw_size = draw_one_of_few_sizes
             draw_schedule = draw_one_of_few_schedules
         lowest = 0 if zeros else 1
@@ -139,10 +141,11 @@ def cases(
         @st.composite
         def draw_case(draw: st.DrawFn) -> Case:
             size = draw_size(draw, lowest, only_rests)
+            compression, loss, norm_first = draw(st.sampled_from(ways))
             settings = size._replace(
-                compression=draw(compressions),
-                compression_loss=draw(losses),
-                norm_first=draw(norms_first),
+                compression=compression,
+                compression_loss=loss,
+                norm_first=norm_first,
             )
             settings = settings._replace(**constant)
             rate = settings.compression_rate
@@ -170,6 +173,13 @@ def counts(least: int, most: int) -> Callable[[Implementation], st.SearchStrateg
         return st.integers(least, most)
 
     return strategy
+
+
+def few_ways(*choices: Sequence) -> list[tuple]:
+    """Each of the choices once and the first ones twice, beside others."""
+    count = max(len(several) for several in choices) + 1
+    ways = [tuple(several[k % len(several)] for several in choices) for k in range(count)]
+    return list(dict.fromkeys(ways))
 
 
 def draw_any_size(draw: st.DrawFn, lowest: int, only_rests: bool) -> Settings:

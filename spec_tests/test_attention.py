@@ -154,7 +154,7 @@ def test_ATT_2_every_slot_reaches_every_logit(impl: Implementation, case: Case):
 @check(case=cases(steps=(1, 1), longest=1, n_layers=1))
 def test_ATT_2_a_token_sees_itself(impl: Implementation, case: Case):
     """If it did not, it would get the same from a slot that is there once as from two of it."""
-    short = case.settings._replace(mem_len=1, c_mem_len=0)
+    short = case.settings._replace(mem_len=1, c_mem_len=1)
     settings, schedule = fit(impl.declared, short, case.schedule)
     lengths = (settings.mem_len, settings.mem_len + 1)
     if impl.declared.start == "empty":

@@ -1,6 +1,8 @@
 """train.py as a user meets it: its options, its texts, its output and its files."""
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -12,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +44,7 @@ def run(*options: object, cwd: Path, command: tuple = (sys.executable, TRAIN)):
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env=env, timeout=300)
 
 
-@contextmanager
+@contextlib.contextmanager
 def empty_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
@@ -377,6 +378,14 @@ def test_tiny_shakespeare_is_refused_without_network(tmp_path: Path, here, monke
     command = ["--data", "tinyshakespeare", *TINY, "--steps", 1]
     refused(here(*command), "could not be fetched: .*--data PATH")
     assert list(tmp_path.rglob("*")) == [tmp_path / "data"]
+
+
+def test_main_can_be_called_where_output_is_no_terminal_nor_file():
+    """As in a notebook."""
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as ended:
+        trainer.main(["--help"])
+    assert ended.value.code == 0
+    assert "--batch-size" in said.getvalue()
 
 
 def test_tiny_shakespeare_is_fetched_once_checked_and_kept(tmp_path: Path, monkeypatch, capsys):

@@ -206,7 +206,9 @@ class Adapter:
         "version": version("dm-sonnet"),
         "start": "zeros",
         "positions": "separate",
-        "overflow": "divisible",
+        "overflow": "drop",
+        "segments": "rate",  # a shorter one is compressed with what was compressed before it
+        "mem_len": "segment",  # of a longer segment, its loss takes the last queries alone
         "loss_in_eval": False,
         "compressions": tuple(COMPRESSORS),
         "compression_losses": ("attention", "autoencoding"),
@@ -225,7 +227,7 @@ class Adapter:
 
     def step(self, model, tokens, state):
         logits, loss, state = model(tokens, state)
-        return logits, state, loss
+        return logits, [x.detach() for x in state], loss  # a session hands on numbers
 
     def read(self, state):
         return list(zip(state[0:-1:2], state[1:-1:2], strict=True))

@@ -1,6 +1,7 @@
 """The suite as its users meet it: a copy of the folder, an adapter, and a command."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +25,14 @@ from ..report import SCHEMA, SpecReport
 from ..rules import RULES, VERSION
 from ..summary import VERDICTS, badge, markdown
 from ..support import supported
-from .verdicts import table
+from .verdicts import ADAPTERS, COLUMNS, column, table
 
 SUITE = Path(__file__).parents[1]
 README = (SUITE / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-ADAPTER, JAX, LABML, LUCIDRAINS = BLOCKS
+ADAPTER, JAX = BLOCKS
+FOUND = (SUITE / "found.md").read_text()
+SNIPPETS = dict(re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", FOUND, re.DOTALL | re.MULTILINE))
 
 # What the adapter of README.md is for: time first, the memories in a dict, keys apart from values.
 MY_MODEL = """
@@ -323,10 +327,22 @@ def test_the_version_of_the_rules_is_the_last_one_of_the_change_list():
 
 
 def test_the_table_of_the_readme_is_of_these_rules():
-    assert table([report_of()]).startswith(f"| rules {VERSION} |  | a_model 1.2 |\n| --- |")
-    assert f"| rules {VERSION} |  | compressive.py |" in README
-    for rule, (sentence, _, level) in RULES.items():
-        assert f"| {rule} | {sentence} ({level}) |" in README
+    columns = json.loads(COLUMNS.read_text())
+    assert set(columns) == set(ADAPTERS)
+    assert table([columns[adapter] for adapter in ADAPTERS]) in README
+    for adapter in columns.values():
+        assert adapter["rules"].partition(".")[0] == VERSION.partition(".")[0]
+        assert adapter["verdicts"].keys() == RULES.keys()
+
+
+def test_a_column_of_the_table_is_a_report():
+    made = column(report_of("FAIL", "NOT CLAIMED"))
+    rows = table([made]).splitlines()
+    assert rows[0] == "|  |  | a_model |"
+    assert f"| rules |  | {VERSION} |" in rows
+    first, second = list(RULES)[:2]
+    assert any(row.startswith(f"| {first} |") and row.endswith("| FAIL |") for row in rows)
+    assert any(row.startswith(f"| {second} |") and row.endswith("| – |") for row in rows)
 
 
 def report_of(*others: str, reason: str = "") -> dict:
@@ -339,6 +355,7 @@ def report_of(*others: str, reason: str = "") -> dict:
         one = {"id": rule, "level": level, "sentence": sentence, "checks": [check]}
         listed.append(one | {"verdict": verdict or "PASS", "reason": reason if verdict else ""})
     about = {"name": "a_model", "version": "1.2", "device": "cpu", "dtype": "float64"}
+    about["profile"] = "default"
     return {"rules_version": VERSION, "implementation": about, "rules": listed}
 
 
@@ -530,17 +547,36 @@ def test_a_seed_gives_other_examples_and_the_same_ones_again(monkeypatch):
     assert drawn(0) == first and drawn(1) != first
 
 
-@pytest.mark.parametrize(
-    ("package", "snippet"),
-    [("labml_nn", LABML), ("compressive_transformer_pytorch", LUCIDRAINS)],
-)
-def test_what_the_readme_says_of_a_package_is_so(package: str, snippet: str, capsys):
+PACKAGES = {
+    "labml": "labml_nn",
+    "lucidrains": "compressive_transformer_pytorch",
+    "Sonnet": "tensorflow",
+    "vilmarzti": "transformers",
+}
+
+
+@pytest.mark.parametrize("whose", SNIPPETS)
+def test_what_is_said_of_another_implementation_is_so(whose: str):
     """Each print stands beside what it prints."""
-    pytest.importorskip(package, reason=f"{package} is not installed")
-    torch.set_default_dtype(torch.float32)
-    try:
-        exec(compile(snippet, "README.md", "exec"), {})
-    finally:
-        torch.set_default_dtype(torch.float64)
-    said = re.findall(r"^print\(.*\)  # (.*)$", snippet.replace("    print", "print"), re.MULTILINE)
-    assert capsys.readouterr().out.splitlines() == said != []
+    package = PACKAGES.get(re.match(r"\w+", whose)[0])
+    if package is not None and find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    repository = re.search(r"/(\S+) at", whose)
+    if repository and not Path(os.environ.get("THIRDPARTY", "nowhere"), repository[1]).is_dir():
+        pytest.skip(f"THIRDPARTY names no folder with {repository[1]}")
+    snippet = SNIPPETS[whose]
+    said = re.findall(r"^ *print\(.*\)  # (.*)$", snippet, re.MULTILINE)
+    command = [sys.executable, "-W", "ignore", "-c", snippet]
+    ran = subprocess.run(command, cwd=SUITE.parent, capture_output=True, text=True)
+    assert ran.stdout.splitlines() == said != [], ran.stderr
+
+
+def test_every_other_implementation_is_explained():
+    columns = json.loads(COLUMNS.read_text())
+    for adapter in set(ADAPTERS) - {"reference"}:
+        about = columns[adapter]
+        (section,) = [part for part in FOUND.split("\n## ")[1:] if about["name"] in part[:60]]
+        assert about["version"] in section.partition("\n")[0]
+        for rule, verdict in about["verdicts"].items():
+            if verdict == "FAIL" and rule != "MOD-5":
+                assert rule in section, f"{adapter}: nothing is said of {rule}"
