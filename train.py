@@ -83,8 +83,8 @@ def make_parser() -> Parser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    now = time.strftime("%Y-%m-%d_%H-%M-%S")
-    add("--out", type=Path, default=f"runs/{now}", help="the run's folder")
+    now = time.strftime("runs/%Y-%m-%d_%H-%M-%S")
+    add("--out", type=Path, default=now, help="the run's folder")
     add("--resume", default="", help="go on with the run in this folder, with its settings")
     add("--eval-only", action="store_true", help="only evaluate the run")
     add("--sample", action="store_true", help="only generate from the run")
@@ -95,9 +95,9 @@ def make_parser() -> Parser:
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="of products (float64: of all)")
     add("--compile", action="store_true", help="let torch.compile make it faster")
     add("--seed", type=int, default=0, help="of the weights and dropout")
-    add("--steps", type=int, default=1200, help="optimiser steps, of a segment each")
-    add("--batch-size", type=int, default=32, help="rows, each a stream of its own")
-    add("--segment", type=int, default=64, help="tokens of a row in a segment")
+    add("--steps", type=int, default=1260, help="optimiser steps, of a segment each")
+    add("--batch-size", type=int, default=64, help="rows, each a stream of its own")
+    add("--segment", type=int, default=16, help="tokens of a row in a segment")
     add("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
     add("--save-every", type=int, default=500, help="steps from checkpoint to checkpoint")
     add("--eval-mem-len", type=int, help="mem_len in evaluation; by default as trained")
@@ -265,15 +265,13 @@ def learning_rate(args: Namespace, step: int) -> float:
     return args.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-def make_optimizer(model: CompressiveTransformer, lr: float) -> AdamW:
-    language_model, compression = model.parameter_groups()
-    decayed = [p for p in language_model if p.dim() >= 2]
-    others = [p for p in language_model if p.dim() < 2]
-    groups = [
-        {"params": decayed, "weight_decay": 0.1},
-        {"params": others + compression, "weight_decay": 0.0},
-    ]
-    return AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+def make_optimizer(model: CompressiveTransformer) -> AdamW:
+    """AdamW without weight decay, as the text is read once, and with a higher rate where the model
+    meets the tokens."""
+    ends = [*model.embedding.parameters(), *model.logits.parameters()]
+    inside = [*model.layers.parameters(), *model.norm.parameters()]
+    groups = [{"params": ends, "scale": 3.0}, {"params": inside, "scale": 1.0}]
+    return AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def to_tokens(rows: list[bytes], device: torch.device) -> Tensor:
@@ -314,7 +312,7 @@ def train(
 
     torch.manual_seed(args.seed)
     model = CompressiveTransformer(config).to(device, DTYPES[args.dtype])
-    optimizer = make_optimizer(model, args.lr)
+    optimizer = make_optimizer(model)
     rows = args.batch_size // WORLD_SIZE
     own = range(RANK * rows, (RANK + 1) * rows)  # of the batch, this process's rows
     memory = model.initial_memory(rows)
@@ -407,7 +405,7 @@ def train(
             norm = nn.utils.clip_grad_norm_(group, 1.0)
             values.append(norm.to(device, non_blocking=True))  # without gradients on the CPU
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step)
+            group["lr"] = group["scale"] * learning_rate(args, step)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(torch.stack(values).detach())
@@ -477,7 +475,7 @@ def evaluate(model: CompressiveTransformer, text: Text, segment: int) -> float:
 
 def sample(model: CompressiveTransformer, text: Text, args: Namespace) -> str:
     """A prompt and its continuation."""
-    held_out = text.read(text.split, min(text.split + args.segment, text.length))
+    held_out = text.read(text.split, min(text.split + 64, text.length))
     prompt = os.fsencode(args.prompt) or held_out
     if args.sample:
         torch.seed()  # another text each time
@@ -529,7 +527,7 @@ def run(args: Namespace, state: dict | None) -> None:
             written = sample(model, text, args)
             print(written, end="", flush=True)
         if args.eval_only or not only:
-            bpc = evaluate(model, text, args.segment)
+            bpc = evaluate(model, text, max(args.segment, args.mem_len))
     if only:
         if args.eval_only:
             print(f"val_bpc={bpc:.4f}")

@@ -148,6 +148,7 @@ class Implementation:
     def weights(self, model: nn.Module, *names: str) -> dict[str, Any]:
         """What the adapter names; without these names the check is not claimed."""
         weights = self.needs("weights")(model)
+        check_weights(weights, self.built)
         for layer in weights["layers"]:
             missing = [name for name in names if name not in {**weights, **layer}]
             if missing:
@@ -333,7 +334,7 @@ def check_usable(impl: Implementation, settings: Settings) -> None:
             need(call, "the slots handed to it:", True, not any_differs(handed, read))
         call = "weights()"
         if getattr(impl.adapter, "weights", None):
-            check_weights(impl, settings, model)
+            check_weights(impl.adapter.weights(model), settings)
     except pytest.skip.Exception as skipped:
         raise Unusable(f"{call}: {skipped.msg}, for {settings}") from None
     except Exception as error:
@@ -382,10 +383,9 @@ def check_compression_parameters(
                 raise Unusable(f"{call} gives something that is no parameter of the model")
 
 
-def check_weights(impl: Implementation, settings: Settings, model: nn.Module) -> None:
+def check_weights(weights: Any, settings: Settings) -> None:
     """Raise Unusable for a name or a shape that the loops do not know (`adapter.LAYER_WEIGHTS`)."""
     call = "weights()"
-    weights = impl.adapter.weights(model)
     if not isinstance(weights, dict) or "layers" not in weights:
         raise Unusable(f"{call} gives a {described(weights)}, expected a dict with 'layers'")
     need(call, "a number of layers of", settings.n_layers, len(weights["layers"]))

@@ -203,8 +203,8 @@ def draw_any_schedule(draw: st.DrawFn, lengths: list[int], steps: tuple[int, int
 
 def draw_one_of_few_sizes(draw: st.DrawFn, lowest: int, only_rests: bool) -> Settings:
     few = [
-        Settings(mem_len=6, compression_rate=3),
-        Settings(mem_len=2, c_mem_len=2, d_model=4, n_heads=1),
+        Settings(mem_len=6, compression_rate=3),  # long enough for `readable`
+        Settings(mem_len=2, c_mem_len=2, d_model=4, n_heads=1),  # shorter than a segment
     ]
     if only_rests:
         few = few[:1]
@@ -222,7 +222,7 @@ def draw_one_of_few_schedules(
     if most == 1:
         return few[-1:]
     first = draw(st.sampled_from(few))
-    turns = [first, few[0] + few[-1] - first]
+    turns = [first, *(T for T in few if T != first)]
     return (turns * most)[: max(least, min(most, 3))]
 
 

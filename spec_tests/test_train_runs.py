@@ -154,7 +154,7 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(four):
     ("options", "message"),
     [
         ("--lr 0.1", "--lr cannot be given with --resume: the run has its settings"),
-        ("--steps 1200", "--steps cannot be given with --resume"),  # the default, given
+        ("--steps 1260", "--steps cannot be given with --resume"),  # the default, given
         ("--d-model 32", "--d-model cannot be given with --resume"),
         ("--dtype float64", "--dtype cannot be given with --resume"),
         ("--no-norm-first", "--norm-first cannot be given with --resume"),
@@ -400,7 +400,7 @@ def test_a_sample_is_shown_as_text(four, monkeypatch):
     assert done.stdout == opening + "né € \ufffd[31m\U0001f600\ufffd\ufffd\n---\n"
     first = four("--resume", "run", "--sample").stdout
     other = four("--resume", "run", "--sample", "--eval-only").stdout
-    prompt = TEXT[-(len(TEXT) // 10) :][:8].decode()  # held-out text
+    prompt = TEXT[-(len(TEXT) // 10) :][:64].decode()  # held-out text
     assert first.startswith(f"--- prompt\n{prompt}\n--- continuation\n")
     assert not other.startswith(first)  # another text each time
     score = four("--resume", "run", "--eval-only").stdout

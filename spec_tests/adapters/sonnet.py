@@ -261,6 +261,6 @@ class Adapter:
                 named["convolution"] = of_compression["conv_1d/w"]
             for name, value in of_compression.items():
                 if "transpose" in name and name.endswith("/w"):
-                    named["transposed_convolution"] = value
+                    named["transposed_convolution"] = value[0]  # of height 1
             layers.append(named)
         return {"layers": layers}
