@@ -631,7 +631,8 @@ def test_one_process_killed_or_stopped_ends_all_and_they_go_on_exactly():
 
         script.write_text(PATCHED.format(folder=source, step=2, number=int(signal.SIGTERM)))
         stopped = run("--resume", "run", cwd=folder, command=(*TORCHRUN, 2, script))
-        assert "train.py: stopped after step 8; to go on: --resume run\n" in stopped.stderr
+        said = "train.py: stopped after step 8; to go on: --resume run\n"
+        assert said in stopped.stderr, stopped.stderr
         state = torch.load(folder / "run/checkpoint.pt", weights_only=True)
         assert state["step"] == 8
         assert [slots.shape[:2] for slots in state["memory"]] == [(4, 2), (4, 2)]  # all rows
