@@ -98,7 +98,7 @@ def make_parser() -> Parser:
     add("--steps", type=int, default=1260, help="optimiser steps, of a segment each")
     add("--batch-size", type=int, default=64, help="rows, each a stream of its own")
     add("--segment", type=int, default=16, help="tokens of a row in a segment")
-    add("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
+    add("--lr", type=float, default=3e-3, help="peak learning rate; thrice it for the tokens")
     add("--save-every", type=int, default=500, help="steps from checkpoint to checkpoint")
     add("--eval-mem-len", type=int, help="mem_len in evaluation; by default as trained")
     add("--eval-c-mem-len", type=int, help="c_mem_len in evaluation; by default as trained")
@@ -319,7 +319,10 @@ def train(
     step = 0
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except ValueError:
+            fail(f"{args.out} was trained with another optimizer: it can only be evaluated")
         mem, c_mem = state["memory"]  # of all rows, [B, L, N, D] each
         mem = mem[own].to(device).unbind(dim=1)
         c_mem = c_mem[own].to(device).unbind(dim=1)

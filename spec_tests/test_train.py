@@ -1,5 +1,6 @@
 """train.py as a user meets it: its options, its texts, its output and its files."""
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -149,6 +150,39 @@ def test_a_run_shows_progress_and_leaves_metrics_and_a_checkpoint(text: Path, he
     assert written in result.stdout and written.startswith("--- prompt")
     assert held_out_bpc(model, segment=8) == pytest.approx(float(summary[1]), abs=1e-4)
     assert here("--resume", "run", "--eval-only").stdout == f"val_bpc={summary[1]}\n"
+
+
+def test_embedding_and_logits_have_thrice_the_rate(text: Path, here):
+    here("--data", text, *TINY, "--steps", 4, "--out", "run")
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    ends, inside = state["optimizer"]["param_groups"]
+    assert ends["lr"] == 3 * inside["lr"] == 3 * records("run")[-1]["lr"] > 0
+    learnt = {"embedding.weight", "logits.weight", "logits.bias"}
+    assert len(ends["params"]) == len(learnt)
+    assert len(inside["params"]) == len(state["model"].keys() - learnt)
+
+
+@pytest.mark.parametrize(("mem_len", "segment", "expected"), [(12, 8, 12), (8, 16, 16)])
+def test_held_out_text_is_read_in_segments_as_long_as_memory(
+    text: Path, here, monkeypatch, mem_len: int, segment: int, expected: int
+):
+    lengths = []
+
+    def evaluate(model: object, text: object, length: int) -> float:
+        lengths.append(length)
+        return 1.0
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    options = ["--mem-len", mem_len, "--segment", segment, "--steps", 2, "--out", "run"]
+    assert here("--data", text, *TINY, *options).returncode == 0
+    assert lengths == [expected]
+
+
+def test_what_is_left_is_told_by_the_speed(tmp_path: Path, capsys):
+    """6 steps of 2 x 8 tokens, at 4 a second."""
+    args = argparse.Namespace(out=tmp_path, steps=10, batch_size=2, segment=8, lr=1.0)
+    trainer.report(args, 4, torch.ones(1, 4), speed=4.0)
+    assert capsys.readouterr().out.endswith("  4 tokens/s  24 s left\n")
 
 
 def held_out_bpc(model: torch.nn.Module, segment: int) -> float:

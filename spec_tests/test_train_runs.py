@@ -108,6 +108,16 @@ def test_an_interrupt_outside_of_training_ends_the_run_in_one_line(text: Path, h
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 4
 
 
+def test_a_checkpoint_of_another_optimizer_is_evaluated_and_does_not_go_on(four):
+    path = Path("run/checkpoint.pt")
+    state = torch.load(path, weights_only=True)
+    model = trainer.CompressiveTransformer(trainer.Config(**state["config"]))
+    state["optimizer"] = torch.optim.AdamW(model.parameters()).state_dict()
+    torch.save(state, path)
+    refused(four("--resume", "run"), "run was trained with another optimizer: it can only be eval")
+    assert four("--resume", "run", "--eval-only").stdout.startswith("val_bpc=")
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch harmed",)

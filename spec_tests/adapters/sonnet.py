@@ -2,7 +2,7 @@
 Python 3.11 and an environment of its own:
 
 python -m pip install torch hypothesis pytest "numpy<2" tensorflow-cpu==2.15.1
-python -m pip install --no-deps dm-sonnet==1.36 contextlib2 tensorflow-probability==0.8.0
+python -m pip install --no-deps dm-sonnet==1.36 contextlib2
 """
 
 import collections
@@ -242,9 +242,10 @@ class Adapter:
         graph = compression_graph(model.settings._replace(segment=0), old.size(1))
         (placeholder,) = graph.inputs
         feed = {placeholder: old}
-        for name, value in model.compressor(layer).items():
-            if name == "conv_1d/w":
-                feed[graph.parameters["conv_compressor/conv_1d/w"]] = value.detach()
+        of_compression = model.compressor(layer)
+        if "conv_1d/w" in of_compression:  # pooling has none
+            weight = graph.parameters["conv_compressor/conv_1d/w"]
+            feed[weight] = of_compression["conv_1d/w"].detach()
         (compressed,) = graph.run(feed)
         return tensor(compressed)
 
@@ -259,8 +260,8 @@ class Adapter:
             of_compression = model.compressor(i)
             if "conv_1d/w" in of_compression:
                 named["convolution"] = of_compression["conv_1d/w"]
-            for name, value in of_compression.items():
-                if "transpose" in name and name.endswith("/w"):
-                    named["transposed_convolution"] = value[0]  # of height 1
+            if "conv_1d_transpose/w" in of_compression:
+                (transposed,) = of_compression["conv_1d_transpose/w"]  # of height 1
+                named["transposed_convolution"] = transposed
             layers.append(named)
         return {"layers": layers}

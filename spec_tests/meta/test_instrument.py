@@ -354,8 +354,13 @@ def report_of(*others: str, reason: str = "") -> dict:
             check |= {"outcome": "failed", "message": f"what is wrong with {rule}"}
         one = {"id": rule, "level": level, "sentence": sentence, "checks": [check]}
         listed.append(one | {"verdict": verdict or "PASS", "reason": reason if verdict else ""})
-    about = {"name": "a_model", "version": "1.2", "device": "cpu", "dtype": "float64"}
-    about["profile"] = "default"
+    about = {
+        "name": "a_model",
+        "version": "1.2",
+        "device": "cpu",
+        "dtype": "float64",
+        "profile": "default",
+    }
     return {"rules_version": VERSION, "implementation": about, "rules": listed}
 
 
@@ -577,6 +582,7 @@ def test_every_other_implementation_is_explained():
         about = columns[adapter]
         (section,) = [part for part in FOUND.split("\n## ")[1:] if about["name"] in part[:60]]
         assert about["version"] in section.partition("\n")[0]
+        assert section.count("```python\n") == 1
         for rule, verdict in about["verdicts"].items():
             if verdict == "FAIL" and rule != "MOD-5":
                 assert rule in section, f"{adapter}: nothing is said of {rule}"
