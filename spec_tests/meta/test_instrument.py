@@ -17,14 +17,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from .. import conftest
-from ..adapter import Declaration, Settings
+from .. import conftest, test_losses, test_memory
+from ..adapter import COMPRESSIONS, LOSSES, Declaration
 from ..adapters import reference
 from ..implementation import Implementation, Unusable, check_usable, declaration, load
 from ..report import SCHEMA, SpecReport
 from ..rules import RULES, VERSION
 from ..summary import VERDICTS, badge, markdown
-from ..support import supported
+from ..support import Case, holds, supported, torch_random
 from .verdicts import ADAPTERS, COLUMNS, column, table
 
 SUITE = Path(__file__).parents[1]
@@ -436,6 +436,21 @@ def one_step(model, tokens, state):
 RIGHT = reference.Adapter()
 
 
+def test_a_shape_is_checked_where_the_first_settings_had_no_such_weight():
+    def weights(model: torch.nn.Module) -> dict:
+        named = RIGHT.weights(model)
+        for layer in named["layers"]:
+            if "transposed_convolution" in layer:
+                layer["transposed_convolution"] = layer["transposed_convolution"][None]
+        return named
+
+    declares = {"compression_losses": ("attention", "autoencoding")}
+    impl = Implementation(Wrong(weights=weights, declares=declares), "wrong")
+    check_usable(impl, supported(impl))
+    with pytest.raises(Unusable, match="gives 'transposed_convolution' of shape .*, expected "):
+        test_losses.test_LOSS_5_equals_the_definition_by_loops(impl)
+
+
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
@@ -535,21 +550,39 @@ def test_every_declaration_is_documented():
     assert declaration(SimpleNamespace(declares={})) == Declaration()
 
 
+def cases_drawn(impl: Implementation, monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """By a check that draws from all settings; they are looked at, and no more."""
+    drawn = []
+
+    def look_at(impl: Implementation, case: Case) -> None:
+        drawn.append(case)
+        holds(True, "a case", "one", "one")
+
+    monkeypatch.setattr(test_memory, "never_too_long", look_at)
+    test_memory.test_MEM_2_memories_never_exceed_their_lengths(impl)
+    return drawn
+
+
 def test_a_seed_gives_other_examples_and_the_same_ones_again(monkeypatch):
-    from .. import test_memory
-    from ..support import torch_random
+    impl = load("spec_tests.adapters.reference")
+    first = cases_drawn(impl, monkeypatch)
+    assert len(first) > 10
+    assert cases_drawn(impl, monkeypatch) == first
+    monkeypatch.setattr(torch_random, "shift", 1)
+    assert cases_drawn(impl, monkeypatch) != first
 
-    def drawn(seed: int) -> list[Settings]:
-        seen: list[Settings] = []
-        body = test_memory.test_MEM_2_memories_never_exceed_their_lengths
-        impl = load("spec_tests.adapters.reference")
-        monkeypatch.setattr(test_memory, "never_too_long", lambda impl, case: seen.append(case))
-        monkeypatch.setattr(torch_random, "shift", seed)
-        body(impl)
-        return seen
 
-    first = drawn(0)
-    assert drawn(0) == first and drawn(1) != first
+def test_few_shapes_are_drawn_where_each_is_compiled_and_every_way(monkeypatch):
+    impl = Implementation(Wrong(declares={"compiled": True}), "compiled")
+    drawn = cases_drawn(impl, monkeypatch)
+    shapes = set()
+    for settings, schedule in drawn:
+        size = settings._replace(compression="", compression_loss="", norm_first=False)
+        shapes.add((size, *schedule))
+    assert len(shapes) == 2 * 2  # sizes, schedules
+    for name, offered in (("compression", COMPRESSIONS), ("compression_loss", LOSSES)):
+        assert {getattr(settings, name) for settings, _ in drawn} == set(offered)
+    assert {settings.norm_first for settings, _ in drawn} == {True, False}
 
 
 PACKAGES = {

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from .. import oracle
+from .. import oracle, test_losses
 from ..adapter import Settings
 from ..adapters import reference
 from ..implementation import Implementation, not_claimed
@@ -83,6 +83,22 @@ def fault(what: str) -> Fault:
 BY_LOOPS = "test_ATT_3_MEM_5_LOSS_5_every_step_equals_the_loops"
 LOSS = "test_LOSS_5_equals_the_definition_by_loops"
 OF_GRADIENTS = "test_LOSS_2_leaves_the_language_model_loss_alone_in_every_step"
+
+
+@pytest.mark.parametrize(("turns", "fails"), [((1e-6,), False), ((1e-6, 1e-8), True)])
+def test_a_relu_that_turns_within_a_difference_is_no_fault(monkeypatch, turns: tuple, fails: bool):
+    def with_a_turn(loss: Any, parameter: Any, step: Any, size: float) -> Tensor:
+        slope = quotient(loss, parameter, step, size)
+        return slope + 1 if size in turns else slope
+
+    quotient = test_losses.quotient
+    monkeypatch.setattr(test_losses, "quotient", with_a_turn)
+    with profile("quick"):
+        error = failure(
+            test_losses.test_LOSS_2_its_gradients_are_the_derivatives,
+            Implementation(reference.Adapter(), "right"),
+        )
+    assert (error is not None) == fails
 
 
 @pytest.mark.parametrize(
