@@ -71,17 +71,13 @@ WITH_RESUME = ["data", "device", "compile", "save_every", "sample_bytes"]
 WITH_RESUME += ["eval_mem_len", "eval_c_mem_len"]
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(message)
-
-
-def make_parser() -> Parser:
-    parser = Parser(
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         "train.py",
         description="Train a byte-level Compressive Transformer on text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.error = fail  # argparse's own shows the usage, too
     add = parser.add_argument
     now = time.strftime("runs/%Y-%m-%d_%H-%M-%S")
     add("--out", type=Path, default=now, help="the run's folder")

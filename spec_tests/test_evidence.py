@@ -1,8 +1,9 @@
 """benchmarks/evidence.py: its tasks are what it says, and all of it runs and goes on. What it found
 is in benchmarks/evidence.md, and no test's business."""
 
+import contextlib
+import io
 import random
-import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +13,6 @@ import torch
 from pytest import approx
 
 from benchmarks import evidence, evidence_report
-
-SCRIPT = Path(evidence.__file__)
 
 
 def test_recall_asks_for_what_was_written():
@@ -84,9 +83,13 @@ def test_intervals_are_students():
     assert error == approx(3.182 * (5 / 3) ** 0.5 / 2, rel=1e-3)
 
 
-def run(*options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), *options]
-    return subprocess.run(command, capture_output=True, text=True)
+def run(*options: str) -> str:
+    """evidence.py's main in this process, where torch is loaded already: what it prints."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [evidence.__file__, *options])
+        evidence.main()
+    return printed.getvalue()
 
 
 @pytest.mark.elsewhere
@@ -95,9 +98,9 @@ def test_evidence_runs_goes_on_and_has_its_tables():
         page = Path(folder, "evidence.md")
         lines = Path(folder, "evidence.jsonl")
         page.write_text("before\n<!-- text -->\nreplaced\n<!-- end -->\nafter\n")
-        options = ("--quick", "--steps", "20", "--texts", "stdlib", "--out", folder)
-        done = run(*options)
-        assert done.returncode == 0, done.stderr
+        options = "--quick --steps 20 --texts stdlib --processes 1 --out".split()
+        options.append(folder)
+        run(*options)
         records = lines.read_text().split("\n")[1:]
         assert len(records) == 2 * (10 + 3)
         text = page.read_text()
@@ -115,12 +118,10 @@ def test_evidence_runs_goes_on_and_has_its_tables():
 
         # One run was not there yet, one half written: these two alone are run again.
         lines.write_text("\n".join(records[:-2]) + "\n" + records[-1][:50])
-        done = run(*options)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(" min left") == 2
+        assert run(*options).count(" min left") == 2
         whole = [line for line in lines.read_text().splitlines() if line.endswith("}")]
         assert len(whole) == len(records)
-        assert run(*options).stdout.count(" min left") == 0
+        assert run(*options).count(" min left") == 0
 
 
 def section(text: str, name: str) -> str:

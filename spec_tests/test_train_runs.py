@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import types
@@ -20,7 +21,7 @@ import train as trainer
 
 from . import test_train
 from .test_train import TEXT, TINY, TRAIN, empty_folder, records, refused, run
-from .train_kill import result, same
+from .train_kill import finish, result, same, start
 
 here = test_train.here  # fixtures
 text = test_train.text
@@ -529,6 +530,26 @@ def test_a_step_on_cuda_waits_for_nothing(text: Path, here, monkeypatch):
 # --------------------------------------------------------------------------- processes of their own
 
 
+def launch(processes: int, *options: object, cwd: Path) -> str:
+    """Train as torchrun does it, but in forks of this process, which has torch loaded already. What
+    they printed."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]  # nobody has it
+    started = []
+    for rank in range(processes):
+        environment = {
+            "TORCHELASTIC_RUN_ID": "here",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": processes,
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+        }
+        output = f"output{rank}.txt"
+        started.append((start(cwd, *options, output=output, **environment), cwd, output))
+    return "".join(finish(*process) for process in started)
+
+
 @pytest.mark.elsewhere
 def test_killed_runs_end_as_one_left_alone():
     command = (sys.executable, "-m", "spec_tests.train_kill", "--times", 5)
@@ -579,15 +600,12 @@ def test_processes_train_as_one():
     with empty_folder() as folder:
         (folder / "text").write_bytes(TEXT)
         options = ["--data", "text", *MANY]
-        assert run(*options, "--out", "one", cwd=folder).returncode == 0
+        finish(start(folder, *options, "--out", "one"), folder)
         expected = result(folder / "one")[1]
         for processes, more in ((2, []), (4, ["--recompute"])):
             out = f"run{processes}"
-            command = (*TORCHRUN, processes, TRAIN)
-            done = run(*options, *more, "--out", out, cwd=folder, command=command)
-            assert done.returncode == 0, done.stderr
-            assert "find_unused_parameters" not in done.stderr
-            assert done.stdout.count("results in") == done.stdout.count("val_bpc=") == 1
+            printed = launch(processes, *options, *more, "--out", out, cwd=folder)
+            assert printed.count("results in") == printed.count("val_bpc=") == 1
             assert farthest(folder / "one", folder / out) < 1e-6
             found = result(folder / out)[1]
             assert len(found) == len(expected) == 50
@@ -595,8 +613,8 @@ def test_processes_train_as_one():
             for a, b in zip(expected, found, strict=True):
                 for name in ("bpc", "compression_loss", "gradient_norm", "lr"):
                     assert abs(a[name] - b[name]) < 1e-6
-        score = run("--resume", "run4", "--eval-only", cwd=folder).stdout
-        assert score == f"val_bpc={done.stdout.split('val_bpc=')[1].split()[0]}\n"
+        score = finish(start(folder, "--resume", "run4", "--eval-only"), folder)
+        assert score == f"val_bpc={printed.split('val_bpc=')[1].split()[0]}\n"
 
 
 PATCHED = """import os, sys
@@ -625,8 +643,7 @@ def test_one_process_killed_or_stopped_ends_all_and_they_go_on_exactly():
         options = ["--data", "text", *TINY, *options]
         script = folder / "patched.py"
         source = str(TRAIN.parent)
-        whole = run(*options, "--out", "whole", cwd=folder, command=(*TORCHRUN, 2, TRAIN))
-        assert whole.returncode == 0, whole.stderr
+        launch(2, *options, "--out", "whole", cwd=folder)
 
         twice = run(*options, "--out", "whole", cwd=folder, command=(*TORCHRUN, 2, TRAIN))
         assert twice.returncode != 0
@@ -643,10 +660,10 @@ def test_one_process_killed_or_stopped_ends_all_and_they_go_on_exactly():
         stopped = run("--resume", "run", cwd=folder, command=(*TORCHRUN, 2, script))
         said = "train.py: stopped after step 8; to go on: --resume run\n"
         assert said in stopped.stderr, stopped.stderr
+        assert "find_unused_parameters" not in stopped.stderr
         state = torch.load(folder / "run/checkpoint.pt", weights_only=True)
         assert state["step"] == 8
         assert [slots.shape[:2] for slots in state["memory"]] == [(4, 2), (4, 2)]  # all rows
 
-        resumed = run("--resume", "run", cwd=folder, command=(*TORCHRUN, 2, TRAIN))
-        assert resumed.returncode == 0, resumed.stderr
+        launch(2, "--resume", "run", cwd=folder)
         assert same(result(folder / "run"), result(folder / "whole"))

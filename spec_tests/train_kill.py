@@ -27,16 +27,19 @@ OPTIONS += "--d-model 64 --n-heads 2 --n-layers 2 --d-ff 512 --mem-len 16 --c-me
 OPTIONS += "--compression-rate 2 --sample-bytes 4 --device cpu --dtype float32"
 
 
-def start(folder: Path, *options: object) -> int:
+def start(folder: Path, *options: object, output: str = "output.txt", **environment: object) -> int:
     """A process that trains in the folder; what it prints goes to a file there."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             os.chdir(folder)
-            output = os.open("output.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
+            sys.stdout = sys.stderr = file = open(output, "w", buffering=1)
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            os.environ.update({name: str(value) for name, value in environment.items()})
+            torch.set_default_dtype(torch.float32)  # that of a new process
+            importlib.reload(train)  # which looks at the environment
             train.main([str(option) for option in options])
             status = 0
         except SystemExit as exit:
@@ -50,10 +53,13 @@ def running(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
-def finish(pid: int, folder: Path) -> None:
+def finish(pid: int, folder: Path, output: str = "output.txt") -> str:
+    """What the process printed, once it has ended well."""
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    printed = (folder / output).read_text()
     if status:
-        sys.exit(f"a run ended with status {status}: {(folder / 'output.txt').read_text()}")
+        sys.exit(f"a run ended with status {status}: {printed}")
+    return printed
 
 
 def result(run: Path) -> tuple[dict, list[dict]]:
