@@ -10,7 +10,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
@@ -502,7 +502,8 @@ def test_compilation_ends_once_memory_is_full(text: Path, here, monkeypatch):
     lengths = "--n-layers 1 --segment 4 --mem-len 56 --c-mem-len 28 --steps 44".split()
     options = ["--data", text, *TINY, *lengths]
     assert here(*options, "--compile", "--out", "compiled").returncode == 0
-    assert 0 < counts[34] == counts[44] <= 12
+    assert 0 < counts[34] == counts[44]
+    assert sum(before < after for before, after in pairwise(counts)) <= 6  # steps that compiled
     assert here(*options, "--out", "eager").returncode == 0
     assert farthest(Path("compiled"), Path("eager")) < 1e-5
 
