@@ -93,7 +93,7 @@ def test_a_relu_that_turns_within_a_difference_is_no_fault(monkeypatch, turns: t
 
     quotient = test_losses.quotient
     monkeypatch.setattr(test_losses, "quotient", with_a_turn)
-    with profile("quick"):
+    with profile("few"):
         error = failure(
             test_losses.test_LOSS_2_its_gradients_are_the_derivatives,
             Implementation(reference.Adapter(), "right"),
