@@ -418,6 +418,7 @@ def train(
         print()
     if LAUNCHED:
         all_reduce(torch.zeros(1))  # or a process that ends breaks off what another still reads
+        del parallel  # if it ends after the group, it can wait for a thread that waits for it
         dist.destroy_process_group()
     if stop:
         again = shlex.quote(str(args.out))

@@ -1,5 +1,6 @@
 """Long runs of train.py: what is killed, stopped, damaged or spread over processes."""
 
+import gc
 import math
 import os
 import pickle
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.testing import CompileCounter
 
 import train as trainer
@@ -616,6 +618,23 @@ def test_processes_train_as_one():
                     assert abs(a[name] - b[name]) < 1e-6
         score = finish(start(folder, "--resume", "run4", "--eval-only"), folder)
         assert score == f"val_bpc={printed.split('val_bpc=')[1].split()[0]}\n"
+
+
+@pytest.mark.elsewhere
+def test_the_replica_is_gone_before_the_group_of_processes():
+    """Or its end joins gloo's thread, holding Python's lock, which that thread may wait for: now and
+    then a run never ended."""
+
+    def destroy(original=dist.destroy_process_group) -> None:
+        kind = torch.nn.parallel.DistributedDataParallel
+        print("replicas:", sum(type(x) is kind for x in gc.get_objects()))
+        original()
+
+    with empty_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        (folder / "text").write_bytes(TEXT)
+        patch.setattr(dist, "destroy_process_group", destroy)
+        printed = launch(1, "--data", "text", *TINY, "--steps", 2, "--out", "run", cwd=folder)
+    assert "replicas: 0\n" in printed
 
 
 PATCHED = """import os, sys
