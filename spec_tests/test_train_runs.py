@@ -622,8 +622,8 @@ def test_processes_train_as_one():
 
 @pytest.mark.elsewhere
 def test_the_replica_is_gone_before_the_group_of_processes():
-    """Or its end joins gloo's thread, holding Python's lock, which that thread may wait for: now and
-    then a run never ended."""
+    """Or its end joins gloo's thread, holding Python's lock, for which that thread may wait: now
+    and then a run never ended."""
 
     def destroy(original=dist.destroy_process_group) -> None:
         kind = torch.nn.parallel.DistributedDataParallel
