@@ -32,6 +32,7 @@ def start(folder: Path, *options: object, output: str = "output.txt", **environm
     pid = os.fork()
     if pid == 0:
         status = 1
+        signal.alarm(300)  # none takes so long, unless it hangs
         try:
             os.chdir(folder)
             sys.stdout = sys.stderr = file = open(output, "w", buffering=1)
