@@ -8,18 +8,19 @@ function f_c that each layer learns from a loss of its own.
         forgotten <- [ compressed memory | memory | segment ] <- tokens
                        N_cm slots    f_c <- N_m slots   T
 
-The file reads bottom-up: notation, relative attention, compression functions, memory rule,
+The file reads bottom-up: settings, relative attention, compression functions, memory rule,
 compression losses, layer, model. In a training loop of your own:
 
     model = CompressiveTransformer(Config(vocab_size=256))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     memory = None                                       # None: empty memories, which grow
     for tokens, targets in segments:                    # [B, T] each, every row a stream of text
         output = model(tokens, memory)
         memory = output.memory
         loss = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
         (loss + output.compression_loss).backward()     # they share no parameter: no weight needed
-        for group in model.parameter_groups():          # apart: a joint norm would let the larger
-            nn.utils.clip_grad_norm_(group, 1.0)        # gradient scale the other down
+        for group in model.parameter_groups():          # apart, or either scales the other down
+            nn.utils.clip_grad_norm_(group, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -45,7 +46,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-# ------------------------------------------------------------------------------------ notation
+# ---------------------------------------------------------------------- settings, memory, output
 
 
 def setting(default: object, help: str) -> Any:
@@ -71,7 +72,7 @@ class Config:
     )
     norm_first: bool = setting(True, "pre-norm, x + f(LN(x)); if not, post-norm, LN(x + f(x))")
     dropout: float = setting(0.0, "of embeddings, attention weights and both branches of a layer")
-    bptt: bool = setting(False, "memories keep their graph: a later loss reaches f_c through them")
+    bptt: bool = setting(False, "memories keep their graph: later losses reach f_c through them")
     recompute: bool = setting(False, "activation checkpointing: layers run again in backward")
 
     def __post_init__(self) -> None:
@@ -85,8 +86,8 @@ class Memory(NamedTuple):
     c_mem: tuple[Tensor, ...]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Memory":
-        """A memory of what `function` makes of every tensor: to move it to another device, cast it,
-        or choose among its rows."""
+        """The memory with `function` applied to every tensor: to move it to a device, cast it, or
+        choose rows."""
         mem = tuple(function(slots) for slots in self.mem)
         c_mem = tuple(function(slots) for slots in self.c_mem)
         return Memory(mem, c_mem)
@@ -138,13 +139,13 @@ def relative_shift(scores: Tensor) -> Tensor:
 
 
 def causal_softmax(scores: Tensor) -> Tensor:
-    """Softmax of scores `[..., T, S]`, which it changes: from query t the tokens after t are
-    hidden."""
+    """Softmax of `scores [..., T, S]`, overwritten, in which query t does not see the tokens after
+    t."""
     T, S = scores.shape[-2:]
     future = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1)
-    with torch.no_grad():  # in place saves a copy; a hidden score has no gradient anyway
+    with torch.no_grad():  # in place, to save a copy; a hidden score has no gradient anyway
         scores[..., S - T :].masked_fill_(future, -math.inf)
-    return scores.softmax(dim=-1, dtype=scores.dtype)  # autocast's float32 takes twice the memory
+    return scores.softmax(dim=-1, dtype=scores.dtype)  # autocast's float32 is twice as large
 
 
 def relative_attention(
@@ -162,16 +163,16 @@ def relative_attention(
 
     `q [H, B, T, K]`; `k` and `v [H, B, S, K]`; `r [H, S, K]`, W_R R of the distances S - 1, ..., 0;
     the biases `[H, K]` are the paper's u and v. Returns what the heads read, `[H, B, T, K]`, and
-    the weights, `[H, B, T, S]`. H may be some of the heads.
+    the attention weights, `[H, B, T, S]`, before dropout.
     """
     scale = q.size(-1) ** -0.5
     q_content = scale * (q + content_bias[:, None, None])
     q_position = scale * (q + position_bias[:, None, None])
+    padded_r = F.pad(r, (0, 0, 0, 1))  # its column of padding for relative_shift
     content = q_content @ k.mT  # AC in Transformer-XL's code, [H, B, T, S]
-    r = F.pad(r, (0, 0, 0, 1))  # one row of zeros: the column of padding for relative_shift
-    by_distance = torch.einsum("hbtk,hnk->hbtn", q_position, r)
+    by_distance = torch.einsum("hbtk,hnk->hbtn", q_position, padded_r)  # [H, B, T, S + 1]
     position = relative_shift(by_distance)  # BD
-    scores = content.add_(position)  # in place: one tensor of this size less
+    scores = content.add_(position)  # in place, to save a tensor of this size
     weights = causal_softmax(scores)
     return dropout(weights) @ v, weights
 
@@ -184,6 +185,7 @@ class RelativeMultiHeadAttention(nn.Module):
         D = d_model
         H = n_heads
         self.n_heads = n_heads
+        self.head_dim = D // H
         self.query = nn.Linear(D, D, bias=False)
         self.key_value = nn.Linear(D, 2 * D, bias=False)
         self.relative_key = nn.Linear(D, D, bias=False)  # W_R
@@ -200,74 +202,68 @@ class RelativeMultiHeadAttention(nn.Module):
         positions: Tensor,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from `x [B, T, D]` to `c_mem [B, C, D]`, `mem [B, M, D]` and to x itself up to
-        one's own position -> `[B, T, D]`, and the weights `[B, H, T, S]` if needed. `positions
-        [S, D]` is the `sinusoid` of the distances S - 1, ..., 0."""
+        """Attend from `x [B, T, D]` to `c_mem [B, C, D]`, `mem [B, M, D]`, and x up to the query's
+        position -> `[B, T, D]`, and the weights `[B, H, T, S]` if needed. `positions [S, D]` is the
+        `sinusoid` of the distances S - 1, ..., 0."""
         slots = [c_mem, mem, x]  # oldest first
-        read, weights = self.attend(x, slots, positions, need_weights)
+        q, k, v, r = self.project(x, slots, positions)
+        read, weights = relative_attention(
+            q, k, v, r, self.content_bias, self.position_bias, self.dropout
+        )
         output = self.output(read.movedim(0, 2).flatten(2))
         if not need_weights:
             return output, None
         return output, weights.transpose(0, 1)
 
-    def attend(
-        self, x: Tensor, slots: list[Tensor], positions: Tensor, need_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the heads read, `[H, B, T, K]`, and the weights `[H, B, T, S]`."""
-        q, k, v, r = self.project(x, slots, positions)
-        return relative_attention(q, k, v, r, self.content_bias, self.position_bias, self.dropout)
-
-    def project(
-        self, x: Tensor, slots: list[Tensor], positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, slots: list[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys, values and W_R R, as `relative_attention` takes them."""
         q = self.heads(self.query(x)).contiguous()  # else each of its two products copies it
-        # One by one: the memories need no gradient, and in one product all slots would get one.
-        parts = [self.keys_and_values(self.key_value(part)) for part in slots]
-        k, v = torch.cat(parts, dim=-2)  # [2, H, B, S, K]
+        # Part by part: the gradient of one product of all would reach the memories, too.
+        parts = [self.heads(self.key_value(part)) for part in slots]
+        k, v = torch.cat(parts, dim=-2).chunk(2)
         r = self.heads(self.relative_key(positions))
         return q, k, v, r
 
     def heads(self, x: Tensor) -> Tensor:
-        """`[..., N, D] -> [H, ..., N, K]`. Heads come first: all rows share W_R R, so that one
-        product a head does."""
-        return x.unflatten(-1, (self.n_heads, -1)).movedim(-2, 0)
-
-    def keys_and_values(self, kv: Tensor) -> Tensor:
-        """`[B, N, 2*D] -> [2, H, B, N, K]`."""
-        return kv.unflatten(-1, (2, self.n_heads, -1)).permute(2, 3, 0, 1, 4)
+        """`[..., N, D] -> [H, ..., N, K]`, and `[..., N, 2*D] -> [2*H, ..., N, K]`: the heads of
+        the keys, then those of the values. Heads come first, since all rows share W_R R: one matrix
+        product a head."""
+        return x.unflatten(-1, (-1, self.head_dim)).movedim(-2, 0)
 
 
 # --------------------------------------------------- for speed alone: all works without it, too
 
 
 class FasterAttention(RelativeMultiHeadAttention):
-    """The same output, sooner, unless weights are asked for. To do without, delete this section and
-    let the layer make a RelativeMultiHeadAttention.
+    """The same output, sooner, unless weights are asked for (benchmarks/README.md: how much). To do
+    without, delete this section and let the layer make a RelativeMultiHeadAttention.
 
-    - With fewer queries than a head is wide, as in generation: products are associative, so that
-      q (W k) is (q W) k, W is applied to the queries, and no slot has to be projected.
+    - With fewer queries than a head is wide, as in generation: q (W k) is (q W) k, so that W_k is
+      applied to the few queries instead of the many slots, and W_v to what they read there.
     - On a CPU, a few heads at a time, so that their scores stay in its cache.
     """
 
     SCORES_AT_ONCE = 2**21  # 8 MB in float32
 
-    def attend(
-        self, x: Tensor, slots: list[Tensor], positions: Tensor, need_weights: bool
+    def forward(
+        self, x: Tensor, mem: Tensor, c_mem: Tensor, positions: Tensor, need_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         if need_weights:
-            return super().attend(x, slots, positions, need_weights)
-        few = x.size(1) < x.size(2) // self.n_heads
+            return super().forward(x, mem, c_mem, positions, need_weights)
+        slots = [c_mem, mem, x]
+        few = x.size(1) < self.head_dim
         if few and is_plain_linear(self.key_value) and is_plain_linear(self.relative_key):
-            return self.attend_to_slots(x, slots, positions), None
-        return self.attend_in_groups(*self.project(x, slots, positions)), None
+            read = self.attend_to_slots(x, slots, positions)
+        else:
+            read = self.attend_in_groups(*self.project(x, slots, positions))
+        return self.output(read.movedim(0, 2).flatten(2)), None
 
     def attend_to_slots(self, x: Tensor, slots: list[Tensor], positions: Tensor) -> Tensor:
-        """`relative_attention` in which queries go through W_k to the slots, and what they read
-        there through W_v."""
+        """What the heads read, `[H, B, T, K]`, by products with the slots themselves. In these, all
+        heads of a row are queries of the same slots: `[B, H*T, D]`."""
         B, T, D = x.shape
         H = self.n_heads
-        K = D // H
+        K = self.head_dim
         w_k, w_v = self.key_value.weight.unflatten(0, (2, H, K))
         w_r = self.relative_key.weight.unflatten(0, (H, K))
         scale = K**-0.5
@@ -280,23 +276,20 @@ class FasterAttention(RelativeMultiHeadAttention):
             by_distance = q_position @ (w_r @ positions.mT)
         by_distance = F.pad(by_distance, (0, 1))
         position = relative_shift(by_distance.view(H, B, T, -1))
-        q_rows = self.rows_first(q_content @ w_k, B)
-        content_rows = torch.cat([q_rows @ part.mT for part in slots], dim=-1)  # [B, H*T, S]
+        q_slots = (q_content @ w_k).view(H, B, T, D).transpose(0, 1).flatten(1, 2)
+        content_rows = torch.cat([q_slots @ part.mT for part in slots], dim=-1)  # [B, H*T, S]
         content = content_rows.view(B, H, T, -1).transpose(0, 1)
         weights = self.dropout(causal_softmax(position + content))
+        weights_rows = weights.transpose(0, 1).flatten(1, 2)  # [B, H*T, S]
         lengths = [part.size(1) for part in slots]
-        weights_of_parts = self.rows_first(weights, B).split(lengths, dim=-1)
-        pairs = zip(weights_of_parts, slots, strict=True)
-        read_rows = sum(part_weights @ part for part_weights, part in pairs)  # [B, H*T, D]
+        read_rows = 0
+        for part_weights, part in zip(weights_rows.split(lengths, dim=-1), slots, strict=True):
+            read_rows = read_rows + part_weights @ part  # [B, H*T, D]
         read = read_rows.view(B, H, T, D).transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
         return (read @ w_v.mT).view(H, B, T, K)
 
-    def rows_first(self, x: Tensor, B: int) -> Tensor:
-        """`[H, B*T, N]` or `[H, B, T, N] -> [B, H*T, N]`."""
-        return x.reshape(self.n_heads, B, -1, x.size(-1)).transpose(0, 1).flatten(1, 2)
-
     def attend_in_groups(self, q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
-        """`relative_attention` of some heads at a time."""
+        """What the heads read, `[H, B, T, K]`, some heads at a time."""
         group = self.n_heads
         if q.device.type == "cpu":
             scores_of_a_head = q.size(1) * q.size(2) * k.size(2)
@@ -310,8 +303,8 @@ class FasterAttention(RelativeMultiHeadAttention):
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether calling the layer is its weight's product and no more: no adapter, hook, bias,
-    parametrisation, or weight of another kind (quantised, sharded)."""
+    """Whether calling the layer is its weight's product and no more: no adapter, hook (but for one
+    of all modules), bias, parametrisation, or weight of another kind (quantised, sharded)."""
     if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
         return False
     attributes = vars(layer)
@@ -448,7 +441,7 @@ def update_memory(
     gives what is new another, and own their storage: a view would keep alive all that left.
     """
     c = config.compression_rate
-    # In the paper the oldest leave before h comes: the same slots stay.
+    # The paper evicts before h joins: the same slots leave.
     held = torch.cat([mem, h.to(mem.dtype)], dim=1)  # [B, M + T, D]
     overflow = max(0, held.size(1) - config.mem_len)
     if config.c_mem_len == 0:
@@ -458,7 +451,7 @@ def update_memory(
         n = -(-overflow // c)  # rounded up
         leaving = n * c
     old = held[:, : n * c]  # line 8
-    compressed = old  # empty, too, if n is 0
+    compressed = old  # [B, 0, D] if n is 0
     if n > 0:
         compressed = compress(old)  # line 9
         c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)
@@ -479,7 +472,7 @@ def attention_reconstruction_loss(
     """
 
     def attend(q: Tensor, kv: Tensor) -> Tensor:  # line 6: by content alone, no mask, no dropout
-        k, v = attention.keys_and_values(kv)
+        k, v = attention.heads(kv).chunk(2)
         scores = (q.size(-1) ** -0.5 * q) @ k.mT
         return scores.softmax(dim=-1, dtype=scores.dtype) @ v
 
@@ -546,10 +539,10 @@ class CompressiveTransformerLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.compress = COMPRESSIONS[config.compression](D, config.compression_rate)  # f_c
         self.decompress = None  # g
-        self.compression_loss = "none"
+        self.loss_kind = "none"
         if list(self.compress.parameters()):  # pooling and most-used have nothing to train
-            self.compression_loss = config.compression_loss
-        if self.compression_loss == "autoencoding":
+            self.loss_kind = config.compression_loss
+        if self.loss_kind == "autoencoding":
             self.decompress = Decompression(D, config.compression_rate)
 
     def forward(
@@ -576,8 +569,8 @@ class CompressiveTransformerLayer(nn.Module):
             h = self.feed_forward_norm(h + self.dropout(self.feed_forward(h)))
         update = self.remember(x, mem, c_mem, weights)
         loss = x.new_zeros(())
-        if need_loss and self.compression_loss != "none" and update.old.size(1) > 0:
-            loss = self.loss(x, update)
+        if need_loss and self.loss_kind != "none" and update.old.size(1) > 0:
+            loss = self.compression_loss(x, update)
         return LayerOutput(h, update.mem, update.c_mem, loss, weights if need_weights else None)
 
     def remember(
@@ -591,20 +584,20 @@ class CompressiveTransformerLayer(nn.Module):
         if not self.config.bptt:  # no gradient goes to earlier steps, nor from the loss into x
             x = x.detach()
             mem = mem.detach()
-            c_mem = c_mem.detach()
         update = update_memory(mem, c_mem, x, compress, self.config)
         if not self.config.bptt:  # nor to f_c through its slots, which the next step reads
             update = update._replace(c_mem=update.c_mem.detach())
         return update
 
-    def loss(self, x: Tensor, update: MemoryUpdate) -> Tensor:
-        """The compression loss, which trains f_c (and g) and nothing else."""
+    def compression_loss(self, x: Tensor, update: MemoryUpdate) -> Tensor:
+        """Of what left memory. It trains f_c (and g) and nothing else."""
         old = update.old
         compressed = update.compressed
-        if self.config.bptt:  # old has a graph: compressed again as a constant, or the loss would
-            old = old.detach()  # train the layers that made it, too
+        if self.config.bptt:
+            # With its graph, old would let the loss train the layers that made it.
+            old = old.detach()
             compressed = self.compress(old)
-        if self.compression_loss == "autoencoding":
+        if self.loss_kind == "autoencoding":
             return autoencoding_loss(self.decompress, old, compressed)
         return attention_reconstruction_loss(self.attention, x, old, compressed)
 
@@ -681,9 +674,10 @@ class CompressiveTransformer(nn.Module):
         positions = sinusoid(distance, self.config.d_model).to(h.dtype)
         outputs = []
         for layer, m, cm in zip(self.layers, mem, c_mem, strict=True):
+            run_layer = layer
             if self.config.recompute and torch.is_grad_enabled():
-                layer = partial(checkpoint, layer, use_reentrant=False)
-            output = layer(h, m, cm, positions, need_loss, need_weights)
+                run_layer = partial(checkpoint, layer, use_reentrant=False)
+            output = run_layer(h, m, cm, positions, need_loss, need_weights)
             h = output.h
             outputs.append(output)
         logits = self.logits(self.norm(h))
@@ -727,13 +721,15 @@ class CompressiveTransformer(nn.Module):
                 memory = self(part, memory, need_loss=False).memory
         for _ in range(max_new_tokens):
             output = self(segment, memory, need_loss=False)
-            memory = output.memory
             logits = output.logits[:, -1]
             next_token = sample(logits, temperature, top_k, generator).to(tokens.dtype)
             tokens = torch.cat([tokens, next_token], dim=1)
             if stream is not None:
                 stream(next_token)
-            segment = next_token if has_memory else tokens
+            segment = tokens
+            if has_memory:
+                segment = next_token
+                memory = output.memory
         return tokens
 
 
@@ -741,7 +737,7 @@ def sample(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Tensor:
     """One token for each row, from its logits: `[B, vocab_size] -> [B, 1]`."""
-    if not logits.isfinite().all():
+    if not logits.amax(dim=-1).isfinite().all():  # some may be -inf: tokens that are ruled out
         raise ValueError("the logits are not finite: look at the model's weights")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)

@@ -265,7 +265,7 @@ FAULTS = [
         "MEM-4",
         "a loss where there is none",
         NO_LOSS,
-        f'{NO_LOSS} + (self.compression_loss == "none")',
+        f'{NO_LOSS} + (self.loss_kind == "none")',
     ),
     fault(
         "MEM-5",

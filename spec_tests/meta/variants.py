@@ -67,9 +67,9 @@ VARIANTS = {
                 "        self.other = nn.Linear(D, 2 * D, bias=False)",
             ),
             (
-                "[self.keys_and_values(self.key_value(part)) for part in slots]",
+                "[self.heads(self.key_value(part)) for part in slots]",
                 "[self.other(slots[0]), *(self.key_value(part) for part in slots[1:])]\n"
-                "        parts = [self.keys_and_values(part) for part in parts]",
+                "        parts = [self.heads(part) for part in parts]",
             ),
             ("if few and is_plain_linear(self.key_value)", "if False"),
         ),
