@@ -36,9 +36,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.optim import AdamW  # noqa: E402
 
-from compressive import CompressiveTransformer, Config, Memory  # noqa: E402
+from compressive import CompressiveTransformer, Config  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -75,9 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "train.py",
         description="Train a byte-level Compressive Transformer on text.",
+        usage=argparse.SUPPRESS,  # so that an error is one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.error = fail  # argparse's own shows the usage, too
     add = parser.add_argument
     now = time.strftime("runs/%Y-%m-%d_%H-%M-%S")
     add("--out", type=Path, default=now, help="the run's folder")
@@ -94,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=1260, help="optimiser steps, of a segment each")
     add("--batch-size", type=int, default=64, help="rows, each a stream of its own")
     add("--segment", type=int, default=16, help="tokens of a row in a segment")
-    add("--lr", type=float, default=3e-3, help="peak learning rate; thrice it for the tokens")
+    add("--lr", type=float, default=3e-3, help="peak rate; thrice it for embedding and logits")
     add("--save-every", type=int, default=500, help="steps from checkpoint to checkpoint")
     add("--eval-mem-len", type=int, help="mem_len in evaluation; by default as trained")
     add("--eval-c-mem-len", type=int, help="c_mem_len in evaluation; by default as trained")
@@ -142,9 +141,12 @@ def make_configs(args: Namespace) -> tuple[Config, Config]:
         args.eval_c_mem_len = args.c_mem_len
     try:
         config = Config(**{x.name: getattr(args, x.name) for x in MODEL_SETTINGS})
-        return config, replace(config, mem_len=args.eval_mem_len, c_mem_len=args.eval_c_mem_len)
     except ValueError as error:
         fail(str(error))
+    try:
+        return config, replace(config, mem_len=args.eval_mem_len, c_mem_len=args.eval_c_mem_len)
+    except ValueError as error:
+        fail(f"eval_{error}")
 
 
 def find_device(name: str) -> torch.device:
@@ -261,13 +263,12 @@ def learning_rate(args: Namespace, step: int) -> float:
     return args.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-def make_optimizer(model: CompressiveTransformer) -> AdamW:
-    """AdamW without weight decay, as the text is read once, and with a higher rate where the model
-    meets the tokens."""
+def make_optimizer(model: CompressiveTransformer) -> torch.optim.Optimizer:
+    """AdamW without weight decay, and with a higher rate for embedding and logits."""
     ends = [*model.embedding.parameters(), *model.logits.parameters()]
     inside = [*model.layers.parameters(), *model.norm.parameters()]
     groups = [{"params": ends, "scale": 3.0}, {"params": inside, "scale": 1.0}]
-    return AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def to_tokens(rows: list[bytes], device: torch.device) -> Tensor:
@@ -287,7 +288,7 @@ def all_reduce(tensor: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
 
 
 def gather_rows(slots: Tensor) -> Tensor:
-    """The slots `[B, L, N, D]` of all processes' rows."""
+    """The slots `[B, N, D]` of all processes' rows."""
     if not LAUNCHED:
         return slots
     parts = [torch.empty_like(slots) for _ in range(WORLD_SIZE)]
@@ -310,7 +311,7 @@ def train(
     model = CompressiveTransformer(config).to(device, DTYPES[args.dtype])
     optimizer = make_optimizer(model)
     rows = args.batch_size // WORLD_SIZE
-    own = range(RANK * rows, (RANK + 1) * rows)  # of the batch, this process's rows
+    mine = range(RANK * rows, (RANK + 1) * rows)  # this process's rows of the batch
     memory = model.initial_memory(rows)
     step = 0
     if state:
@@ -319,10 +320,7 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
         except ValueError:
             fail(f"{args.out} was trained with another optimizer: it can only be evaluated")
-        mem, c_mem = state["memory"]  # of all rows, [B, L, N, D] each
-        mem = mem[own].to(device).unbind(dim=1)
-        c_mem = c_mem[own].to(device).unbind(dim=1)
-        memory = Memory(mem, c_mem)
+        memory = state["memory"].map(lambda slots: slots[mine].to(device))
         step = state["step"]
     parallel = model
     if args.compile:
@@ -370,7 +368,7 @@ def train(
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "memory": [gather_rows(torch.stack(layers, dim=1)) for layers in memory],
+                "memory": memory.map(gather_rows),
                 "step": step,
                 "text": text.fingerprint,
                 "config": asdict(config),
@@ -388,7 +386,7 @@ def train(
         torch.manual_seed((args.seed * args.steps + step) * WORLD_SIZE + RANK)
         begin = step % segments * args.segment
         end = min(begin + args.segment, row_length)
-        parts = [text.read(row * row_length + begin, row * row_length + end + 1) for row in own]
+        parts = [text.read(row * row_length + begin, row * row_length + end + 1) for row in mine]
         tokens = to_tokens(parts, device)
         if begin == 0:  # the rows begin, or begin anew
             memory = model.initial_memory(rows)

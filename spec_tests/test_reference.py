@@ -84,6 +84,15 @@ def test_generate_without_memory_sees_the_whole_prompt():
         assert torch.equal(found[:, length], best)
 
 
+def test_generate_without_memory_keeps_one_that_it_is_given():
+    model, given = make(n_layers=1, mem_len=0, c_mem_len=0), []
+    model.register_forward_pre_hook(lambda module, args: given.append(args[1]))
+    slots = torch.randn(1, 3, SMALL.d_model)
+    memory = (slots,), (slots,)
+    model.generate(tokens(SMALL, 1, 4), 3, memory=memory)
+    assert given == [memory] * 3
+
+
 @pytest.mark.parametrize(
     ("settings", "lengths"),
     [
@@ -1007,6 +1016,15 @@ def test_logits_that_are_not_finite_are_no_text(temperature):
         model.logits.bias[1] = math.nan
     with pytest.raises(ValueError, match="the logits are not finite"):
         model.generate(tokens(SMALL, 1, 3), 1, temperature=temperature)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"top_k": 5}])
+def test_a_token_can_be_ruled_out(settings: dict[str, int]):
+    model = make()
+    with torch.no_grad():
+        model.logits.bias[1:] = -math.inf
+    found = model.generate(tokens(SMALL, 2, 3), 4, **settings)
+    assert (found[:, 3:] == 0).all()
 
 
 def test_generate_warns_where_dropout_would_change_the_text():

@@ -173,7 +173,7 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(four):
         ("--no-norm-first", "--norm-first cannot be given with --resume"),
         ("--out elsewhere", "--out cannot be given with --resume"),
         ("--data other", "--data other is another text"),
-        ("--eval-only --eval-mem-len 0", "mem_len must be at least"),
+        ("--eval-only --eval-mem-len 0", "eval_mem_len must be at least"),
     ],
 )
 def test_settings_that_contradict_the_run_are_refused(four, options: str, message: str):
@@ -683,7 +683,7 @@ def test_one_process_killed_or_stopped_ends_all_and_they_go_on_exactly():
         assert "find_unused_parameters" not in stopped.stderr
         state = torch.load(folder / "run/checkpoint.pt", weights_only=True)
         assert state["step"] == 8
-        assert [slots.shape[:2] for slots in state["memory"]] == [(4, 2), (4, 2)]  # all rows
+        assert {len(slots) for layers in state["memory"] for slots in layers} == {4}  # all rows
 
         launch(2, "--resume", "run", cwd=folder)
         assert same(result(folder / "run"), result(folder / "whole"))
