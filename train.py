@@ -353,7 +353,7 @@ def train(
     losses = []  # of each step since the last record
     began = time.perf_counter()
     tokens_read = 0
-    while True:
+    while True:  # report and save what was done, then, unless this is the end, do a step
         stop = all_reduce(torch.tensor(max(received)), dist.ReduceOp.MAX).item()
         last = stop or step == args.steps
         saving = last or step % args.save_every == 0

@@ -47,7 +47,8 @@ class Implementation:
     def __init__(
         self, adapter: Any, path: str, device: torch.device = CPU, dtype: str | None = None
     ) -> None:
-        self.adapter, self.path = adapter, path
+        self.adapter = adapter
+        self.path = path
         self.device = device
         self.declared = declaration(adapter)
         if dtype is not None:

@@ -96,7 +96,8 @@ class SpecReport:
     def __init__(
         self, config: pytest.Config, impl: Implementation, files: Mapping[str, IO[str]] = NOWHERE
     ) -> None:
-        self.config, self.impl = config, impl
+        self.config = config
+        self.impl = impl
         self.files = files
         self.checks: dict[str, list[dict]] = {rule: [] for rule in RULES}
 

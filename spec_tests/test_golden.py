@@ -66,7 +66,8 @@ def test_compression_losses_and_their_gradients(name: str):
     model = adapter.build(settings).double()
     views = adapter.weights(model)["layers"][0]
     load(views, numbers)
-    h, old = torch.tensor(numbers["hidden"]), torch.tensor(numbers["evicted"])
+    h = torch.tensor(numbers["hidden"])
+    old = torch.tensor(numbers["evicted"])
     close(adapter.compress(model, 0, old, old.new_zeros(old.shape[:2])), numbers["compressed"])
     loss = adapter.loss(model, 0, h, old)
     close(loss, numbers["loss"])

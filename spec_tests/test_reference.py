@@ -50,11 +50,14 @@ def make(**changes) -> nn.Module:
 def test_generate_feeds_every_token_once(impl, case: Case, new: int, given_memory: bool):
     """Greedy generation is the loop that everyone would write with forward."""
     settings, (T,) = case
-    model, prompt = impl.build(settings), tokens(settings, 2, T)
+    model = impl.build(settings)
+    prompt = tokens(settings, 2, T)
     start = filled(impl, model, settings, T) if given_memory else None
     found = model.generate(prompt, new, temperature=0, memory=start)
     remembers = settings.mem_len + settings.c_mem_len > 0
-    expected, feed, memory = prompt, prompt, start
+    expected = prompt
+    feed = prompt
+    memory = start
     for _ in range(new):
         step = model(feed, memory)
         best = step.logits[:, -1:].argmax(dim=-1)
@@ -66,7 +69,8 @@ def test_generate_feeds_every_token_once(impl, case: Case, new: int, given_memor
 @pytest.mark.parametrize("lengths", [(1, 0), (0, 1)])
 def test_generate_feeds_one_token_a_step_however_little_is_remembered(lengths):
     model = make(mem_len=lengths[0], c_mem_len=lengths[1], compression_rate=1)
-    prompt, memory = tokens(SMALL, 2, 3), None
+    prompt = tokens(SMALL, 2, 3)
+    memory = None
     expected = feed = prompt
     for _ in range(4):
         step = model(feed, memory)
@@ -77,7 +81,8 @@ def test_generate_feeds_one_token_a_step_however_little_is_remembered(lengths):
 
 
 def test_generate_without_memory_sees_the_whole_prompt():
-    model, prompt = make(n_layers=1, mem_len=0, c_mem_len=0), tokens(SMALL, 1, 600)
+    model = make(n_layers=1, mem_len=0, c_mem_len=0)
+    prompt = tokens(SMALL, 1, 600)
     found = model.generate(prompt, 2, temperature=0)
     for length in (600, 601):
         best = model(found[:, :length]).logits[:, -1].argmax(dim=-1)
@@ -85,7 +90,8 @@ def test_generate_without_memory_sees_the_whole_prompt():
 
 
 def test_generate_without_memory_keeps_one_that_it_is_given():
-    model, given = make(n_layers=1, mem_len=0, c_mem_len=0), []
+    model = make(n_layers=1, mem_len=0, c_mem_len=0)
+    given = []
     model.register_forward_pre_hook(lambda module, args: given.append(args[1]))
     slots = torch.randn(1, 3, SMALL.d_model)
     memory = (slots,), (slots,)
@@ -102,14 +108,16 @@ def test_generate_without_memory_keeps_one_that_it_is_given():
     ],
 )
 def test_generate_splits_a_long_prompt(settings: dict[str, int], lengths: list[int]):
-    model, fed = make(n_layers=1, **settings), []
+    model = make(n_layers=1, **settings)
+    fed = []
     model.register_forward_pre_hook(lambda module, args: fed.append(args[0].size(1)))
     model.generate(tokens(SMALL, 1, 1100), 3)
     assert fed == lengths
 
 
 def test_generate_samples_from_the_softmax_at_the_temperature():
-    model, prompt = make(), tokens(SMALL, 1, 3).expand(4000, 3)
+    model = make()
+    prompt = tokens(SMALL, 1, 3).expand(4000, 3)
     generator = torch.Generator().manual_seed(0)
     for temperature, top_k in ((1.0, None), (0.5, None), (2.0, 3), (1.0, 1), (1.0, 100)):
         sample = model.generate(
@@ -148,7 +156,8 @@ def test_one_candidate_is_the_likeliest_token_even_where_bfloat16_makes_ties():
 
 
 def test_generate_repeats_itself_with_the_same_generator():
-    model, prompt = make(), tokens(SMALL, 2, 3)
+    model = make()
+    prompt = tokens(SMALL, 2, 3)
     first, second, other = (
         model.generate(prompt, 20, generator=torch.Generator().manual_seed(seed))
         for seed in (0, 0, 1)
@@ -162,7 +171,9 @@ def test_generate_repeats_itself_with_the_same_generator():
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_generate_hands_each_token_out_as_it_comes(dtype):
-    model, prompt, seen = make(), tokens(SMALL, 2, 3).to(dtype), []
+    model = make()
+    prompt = tokens(SMALL, 2, 3).to(dtype)
+    seen = []
     calls = 0
 
     def count(*args: object) -> None:
@@ -178,7 +189,8 @@ def test_generate_hands_each_token_out_as_it_comes(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_tokens_keep_their_dtype(dtype):
-    model, prompt = make(), tokens(SMALL, 2, 3).to(dtype)
+    model = make()
+    prompt = tokens(SMALL, 2, 3).to(dtype)
     assert model.generate(prompt, 2).dtype == dtype
 
 
@@ -345,9 +357,11 @@ def test_every_combination_trains(name):
             )
         )
         optimizer = torch.optim.Adam(model.parameters(), lr=0.04)
-        text, losses = tokens(SMALL, 2, 16), []
+        text = tokens(SMALL, 2, 16)
+        losses = []
         for _ in range(4):
-            total, memory = 0.0, None
+            total = 0.0
+            memory = None
             for segment in text.split(8, dim=1):
                 step = model(segment, memory)
                 memory = step.memory
@@ -373,7 +387,8 @@ def test_dropout_drops_in_training_alone():
 @pytest.mark.parametrize("dropout", [{}, {"dropout": 0.5}])
 def test_attention_weights_drop_out_if_asked(kind: str, queries: int, dropout: dict[str, float]):
     attention = getattr(api, kind)(8, 2, **dropout)
-    x, positions = torch.randn(2, queries, 8), reference.adapter.sinusoid(queries, 8)
+    x = torch.randn(2, queries, 8)
+    positions = reference.adapter.sinusoid(queries, 8)
     inputs = x, x[:, :0], x[:, :0], positions
     outputs = [attention(*inputs, need_weights=True) for _ in range(2)]
     assert torch.equal(outputs[0][1], outputs[1][1])  # the weights handed out are whole
@@ -392,7 +407,8 @@ def test_attention_weights_drop_out_if_asked(kind: str, queries: int, dropout: d
 @pytest.fixture
 def heads_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """With how many heads the equation was called, each time."""
-    heads, equation = [], api.relative_attention
+    heads = []
+    equation = api.relative_attention
 
     def noted(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
         heads.append(len(q))
@@ -553,7 +569,8 @@ CHANGES: dict[str, Callable[[nn.Linear], object]] = {
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The modules that were called. No hook tells: hooks are among what is tested."""
-    modules, call = [], nn.Module.__call__
+    modules = []
+    call = nn.Module.__call__
 
     def noted(module: nn.Module, *args: object, **options: object) -> object:
         modules.append(module)
@@ -568,7 +585,8 @@ FEW = {"d_model": 24, "mem_len": 40}  # a head is 12 wide: the 8 tokens of a seg
 
 def split_logits(model: nn.Module, text: Tensor) -> Tensor:
     """Of five segments of 8 tokens, none of which the memory forgets."""
-    memory, logits = None, []
+    memory = None
+    logits = []
     for segment in text.split(8, dim=1):
         step = model(segment, memory)
         memory = step.memory
@@ -577,7 +595,8 @@ def split_logits(model: nn.Module, text: Tensor) -> Tensor:
 
 
 def test_the_shortcut_calls_no_layer_for_the_slots(called: list[nn.Module]):
-    model, text = make(**FEW), tokens(SMALL, 2, 40)
+    model = make(**FEW)
+    text = tokens(SMALL, 2, 40)
     layers = [getattr(x.attention, name) for x in model.layers for name in ("key_value", "query")]
     whole = model(text).logits
     assert all(layer in called for layer in layers)
@@ -592,7 +611,8 @@ def test_the_shortcut_calls_no_layer_for_the_slots(called: list[nn.Module]):
 def test_the_shortcut_steps_aside_for_a_layer_that_is_more_than_its_weight(
     change: str, name: str, called: list[nn.Module]
 ):
-    model, text = make(**FEW), tokens(SMALL, 2, 40)
+    model = make(**FEW)
+    text = tokens(SMALL, 2, 40)
     attention = model.layers[1].attention
     before = model(text).logits
     other = CHANGES[change](getattr(attention, name))
@@ -619,9 +639,11 @@ def test_the_shortcut_steps_aside_for_a_layer_that_is_more_than_its_weight(
 def test_the_shortcut_steps_aside_for_quantised_layers(called: list[nn.Module]):
     """What they read is rounded as well, by its own range: a text's in one segment is another than
     in five, up to the error of 8 bits, but the plain attention's is the same."""
-    model, text = make(**FEW).float(), tokens(SMALL, 2, 40)
+    model = make(**FEW).float()
+    text = tokens(SMALL, 2, 40)
     model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
-    whole, split = model(text).logits, split_logits(model, text)
+    whole = model(text).logits
+    split = split_logits(model, text)
     for layer in model.layers:
         for linear in (layer.attention.key_value, layer.attention.relative_key):
             assert type(linear) is not nn.Linear and called.count(linear) >= 6
@@ -641,9 +663,11 @@ def test_the_compression_loss_of_an_adapted_model_is_that_of_the_merged_one():
         layer.attention.key_value = layer.attention.key_value.merged()
     memory = other = None
     for segment in tokens(SMALL, 2, 24).split(6, dim=1):
-        step, same = model(segment, memory), merged(segment, other)
+        step = model(segment, memory)
+        same = merged(segment, other)
         close([step.compression_losses, step.logits], [same.compression_losses, same.logits])
-        memory, other = step.memory, same.memory
+        memory = step.memory
+        other = same.memory
     assert (step.compression_losses > 0).all()
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(step.compression_loss, parameters, allow_unused=True)
@@ -665,13 +689,15 @@ def test_the_compression_loss_of_an_adapted_model_is_that_of_the_merged_one():
     ],
 )
 def test_losses_and_weights_of_a_step_are_those_of_its_layers(more: dict):
-    model, memory = make(**more), None
+    model = make(**more)
+    memory = None
     for segment in tokens(SMALL, 2, 24).split(6, dim=1):
         step = model(segment, memory, need_weights=True)
         before = model.initial_memory(2) if memory is None else memory
         S = before.c_mem[0].size(1) + before.mem[0].size(1) + 6
         positions = api.sinusoid(torch.arange(S - 1.0, -1, -1), 8)
-        h, outputs = model.embedding(segment), []
+        h = model.embedding(segment)
+        outputs = []
         for layer, mem, c_mem in zip(model.layers, *before, strict=True):
             outputs.append(layer(h, mem, c_mem, positions, need_weights=True))
             h = outputs[-1].h
@@ -696,7 +722,8 @@ def test_attention_weights_are_those_of_the_loops(length: int, recompute: bool):
     named = oracle.lists(reference.weights(model))
     memory = model(tokens(SMALL, 2, 16)).memory  # of 3 and 4 slots
     text = tokens(SMALL, 2, length)
-    step, without = model(text, memory, need_weights=True), model(text, memory)
+    step = model(text, memory, need_weights=True)
+    without = model(text, memory)
     assert without.attention_weights == (None, None)
     close([step.logits, *step.memory.mem], [without.logits, *without.memory.mem])
     for row in range(2):
@@ -715,9 +742,11 @@ def test_attention_weights_are_those_of_the_loops(length: int, recompute: bool):
 @pytest.mark.parametrize("compression_loss", ["attention", "autoencoding"])
 def test_a_loss_that_is_not_needed_changes_nothing_else(compression_loss: str):
     model = make(compression_loss=compression_loss)
-    text, memory = torch.randint(5, (2, 24)), None
+    text = torch.randint(5, (2, 24))
+    memory = None
     for segment in text.split(6, dim=1):
-        with_loss, without = model(segment, memory), model(segment, memory, need_loss=False)
+        with_loss = model(segment, memory)
+        without = model(segment, memory, need_loss=False)
         memory = with_loss.memory
         assert torch.equal(with_loss.logits, without.logits) and without.compression_loss == 0
         for one, other in zip(memory, without.memory, strict=True):
@@ -727,11 +756,14 @@ def test_a_loss_that_is_not_needed_changes_nothing_else(compression_loss: str):
 
 @pytest.mark.parametrize("more", [{}, {"bptt": True, "dropout": 0.2}, {"compression": "most_used"}])
 def test_recomputing_changes_nothing_but_what_is_kept(more: dict):
-    text, kept = torch.randint(5, (2, 25)), {}
+    text = torch.randint(5, (2, 25))
+    kept = {}
 
     def train(recompute: bool) -> list:
         torch.manual_seed(3)
-        model, memory, total = make(**more).train(), None, 0
+        model = make(**more).train()
+        memory = None
+        total = 0
         model.config = replace(model.config, recompute=recompute)
         saved = kept[recompute] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -783,7 +815,8 @@ def test_autocast_keeps_memories_in_the_parameters_dtype():
 
 
 def test_deepcopy_and_state_dict_after_a_step():
-    model, text = make(), tokens(SMALL, 2, 16)
+    model = make()
+    text = tokens(SMALL, 2, 16)
     first = model(text[:, :8])
     (first.logits.sum() + first.compression_loss).backward()
     for other in (copy.deepcopy(model), make(n_layers=2)):
@@ -799,12 +832,14 @@ def test_torch_compile_changes_nothing(name: str, starts: bool):
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     memory = None if starts else model(tokens(SMALL, 2, 8)).memory
     text = tokens(SMALL, 2, 8)
-    step, same = model(text, memory), compiled(text, memory)
+    step = model(text, memory)
+    same = compiled(text, memory)
     gradients = []
     for network, output in ((model, step), (compiled, same)):
         (output.logits.square().sum() + output.compression_loss).backward()
         gradients.append([parameter.grad for parameter in network.parameters()])
-    expected, found = [step.logits, step.compression_loss], [same.logits, same.compression_loss]
+    expected = [step.logits, step.compression_loss]
+    found = [same.logits, same.compression_loss]
     for memory, other in zip(step.memory, same.memory, strict=True):
         expected += memory
         found += other
@@ -869,14 +904,16 @@ def test_usage_is_the_mean_attention_of_those_that_saw_a_slot():
 
 
 def test_parts_refuse_what_does_not_fit():
-    conv, used = api.Conv1dCompression(8, 3), api.MostUsedCompression(8, 3)
+    conv = api.Conv1dCompression(8, 3)
+    used = api.MostUsedCompression(8, 3)
     for shape in ([2, 7, 8], [2, 6, 7], [6, 8]):
         with pytest.raises(ValueError, match=r"old must be \[B, a multiple of 3, 8\], got"):
             conv(torch.zeros(shape))
     for shape in ([2, 5], [3, 6], [2, 6, 1]):
         with pytest.raises(ValueError, match=r"usage must be \[2, 6 or more\], got"):
             used(torch.zeros(2, 6, 8), torch.zeros(shape))
-    model, text = make(), tokens(SMALL, 2, 3)
+    model = make()
+    text = tokens(SMALL, 2, 3)
     mem, c_mem = model(text).memory
     for memory in ([mem, c_mem, c_mem], (mem,), mem[0]):
         with pytest.raises(TypeError, match=r"memory must be a Memory\(mem, c_mem\) or None, got"):

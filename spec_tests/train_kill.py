@@ -88,7 +88,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     draw = random.Random(args.seed)
-    steps, writing = set(), 0
+    steps = set()
+    writing = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text").write_bytes(bytes(draw.choices(b"abcdefgh \n", k=5000)))

@@ -72,7 +72,8 @@ class Adapter:
         return Model(s)
 
     def start(self, model, batch_size):
-        s, like = model.settings, model.pos_emb
+        s = model.settings
+        like = model.pos_emb
         lengths = (s.mem_len, s.c_mem_len)
         return tuple(like.new_zeros(s.n_layers, batch_size, n, s.d_model) for n in lengths)
 

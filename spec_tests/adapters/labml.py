@@ -72,7 +72,8 @@ class Adapter:
 
     def weights(self, model):
         def named(layer):
-            a, norm = layer.self_attn, layer.norm_self_attn
+            a = layer.self_attn
+            norm = layer.norm_self_attn
             matrices = {x: getattr(a, x).linear.weight.T for x in ("query", "key", "value")}
             biases = {"value_bias": a.value.linear.bias, "norm1_bias": norm.bias}
             return {**matrices, **biases, "norm1_weight": norm.weight}

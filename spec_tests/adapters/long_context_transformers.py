@@ -82,8 +82,10 @@ class Adapter:
 
     def weights(self, model):
         def named(layer):
-            attention, ff = layer.self_attn, layer.feed_forward
-            ff1, ff2 = ff.CoreNet[0], ff.CoreNet[3]
+            attention = layer.self_attn
+            ff = layer.feed_forward
+            ff1 = ff.CoreNet[0]
+            ff2 = ff.CoreNet[3]
             query, key, value = attention.qkv_net.weight.T.chunk(3, dim=1)
             return {
                 "query": query,
@@ -105,7 +107,8 @@ class Adapter:
                 "convolution_bias": layer.compression.conv.bias,
             }
 
-        embedding, (logits,) = model.transformer.word_emb, model.crit.out_layers
+        embedding = model.transformer.word_emb
+        (logits,) = model.crit.out_layers
         return {
             "layers": [named(layer) for layer in model.transformer.layers],
             "embedding": embedding.emb_layers[0].weight * embedding.emb_scale,

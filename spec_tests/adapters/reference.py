@@ -44,10 +44,12 @@ class Adapter:
 
     def weights(self, model: nn.Module) -> dict[str, Any]:
         config = model.config
-        D, c = config.d_model, config.compression_rate
+        D = config.d_model
+        c = config.compression_rate
         layers = []
         for layer in model.layers:
-            attention, (ff1, _, ff2) = layer.attention, layer.feed_forward
+            attention = layer.attention
+            ff1, _, ff2 = layer.feed_forward
             named = {
                 "norm1_weight": layer.attention_norm.weight,
                 "norm1_bias": layer.attention_norm.bias,

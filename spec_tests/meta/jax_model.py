@@ -50,8 +50,12 @@ def split(x, heads):
 
 
 def attention(p, x, slots, heads):
-    T, S, D = x.shape[1], slots.shape[1], x.shape[2]
-    q, k, v = split(x @ p["query"], heads), split(slots @ p["key"], heads), slots @ p["value"]
+    T = x.shape[1]
+    S = slots.shape[1]
+    D = x.shape[2]
+    q = split(x @ p["query"], heads)
+    k = split(slots @ p["key"], heads)
+    v = slots @ p["value"]
     distance = jnp.arange(S - T, S)[:, None] - jnp.arange(S)
     angle = jnp.maximum(distance, 0)[..., None] * 10000.0 ** (-jnp.arange(0, D, 2) / D)
     encoding = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)  # [T, S, D]
@@ -103,7 +107,8 @@ def layer(p, h, mem, c_mem, shape):
 def step(parameters, tokens, memory, shape):
     """`tokens [B, T]` -> logits, the next memory, the compression loss."""
     h = parameters["embedding"][tokens]
-    after, losses = [], []
+    after = []
+    losses = []
     for p, (mem, c_mem) in zip(parameters["layers"], memory, strict=True):
         h, mem, c_mem, loss = layer(p, h, mem, c_mem, shape)
         after.append((mem, c_mem))

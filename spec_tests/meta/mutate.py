@@ -96,7 +96,8 @@ def skipped(tree: ast.Module) -> set[ast.AST]:
 def mutants() -> Iterator[tuple[int, str, str]]:
     """The line, the changed statement's first line, and the whole file, of every mutant."""
     tree = ast.parse(SOURCE)
-    whole, out = ast.unparse(tree), skipped(tree)
+    whole = ast.unparse(tree)
+    out = skipped(tree)
     holder = {}  # of every node the smallest statement around it: outer ones are walked first
     for statement in (node for node in ast.walk(tree) if isinstance(node, ast.stmt)):
         holder.update(dict.fromkeys(ast.walk(statement), statement))

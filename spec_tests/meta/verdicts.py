@@ -17,7 +17,8 @@ from pathlib import Path
 from ..rules import RULES
 
 README = Path(__file__).parents[1] / "README.md"
-START, END = "<!-- verdicts -->\n", "<!-- end -->"
+START = "<!-- verdicts -->\n"
+END = "<!-- end -->"
 COLUMNS = Path(__file__).with_name("verdicts.json")  # what the table is made of
 ADAPTERS = ("reference", "labml", "lucidrains", "sonnet", "transformer_sequential")
 ADAPTERS += ("long_context_transformers", "calliope", "cs282", "thesis")
