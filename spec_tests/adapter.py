@@ -41,6 +41,8 @@ class Declaration:
     start: str = "empty"  # or zeros: memories begin full, of slots that stand for no token
     storage: str = "normalised"  # memory holds what attention reads; raw: the layer's input
     positions: str = "slots"  # along [c_mem, mem, segment]; separate: c_mem has its own
+    sinusoid: str = "halves"  # of R: sines, then cosines; alternating: one of each in turn
+    norm_eps: float = 1e-5  # what a normalisation adds to the variance
     # When c does not divide the overflow, round_up evicts up to c - 1 slots more, pad puts zeros
     # before the oldest, drop loses the newest of the rest, keep lets the rest stay, up to c - 1
     # slots above mem_len; divisible asks for lengths that c divides (of segments alone with zeros)
@@ -68,6 +70,7 @@ CHOICES = {
     "start": ("empty", "zeros"),
     "storage": ("normalised", "raw"),
     "positions": ("slots", "separate"),
+    "sinusoid": ("halves", "alternating"),
     "overflow": ("round_up", "pad", "drop", "keep", "divisible"),
     "loss_reduction": ("mean_square", "sum_of_squares", "norm"),
     "loss_over_layers": ("mean", "sum"),
@@ -89,13 +92,16 @@ LAYER_WEIGHTS = {
     "norm1_weight": "D",  # before attention, in post-norm after it
     "norm1_bias": "D",
     "query": "D A",
+    "query_bias": "A",  # this and the next three, if there is one
     "key": "D A",
+    "key_bias": "A",
     "value": "D A",
-    "value_bias": "A",  # if there is one
+    "value_bias": "A",
     "relative_key": "D A",
     "content_bias": "H K",
     "position_bias": "H K",
     "output": "A D",
+    "output_bias": "D",
     "norm2_weight": "D",  # before the feed-forward, in post-norm after it
     "norm2_bias": "D",
     "ff1_weight": "D F",
@@ -156,7 +162,7 @@ class Adapter(Protocol):
         """Parameters by name, as views: writing to them changes the model. `{"layers": [...]}`
         with the names of LAYER_WEIGHTS for each layer, beside it those of MODEL_WEIGHTS.
 
-        LOSS-5 needs `query`, `key` and `value` (and `value_bias` if there is one), with raw
+        LOSS-5 needs `query`, `key` and `value` (and their biases if there are any), with raw
         storage also `norm1_weight` and `norm1_bias`, and for the auto-encoding loss
         `transposed_convolution`. A model as plain as the paper's gives all that it has, and the
         whole step is then compared with plain loops."""

@@ -12,7 +12,9 @@ import torch
 from . import elsewhere
 from .adapter import CHOICES
 from .implementation import Implementation, Unusable, check_usable, load
+from .replay import checks
 from .report import SpecReport
+from .rules import RULES
 from .support import PROFILES, prepare, supported, torch_random
 
 REFERENCE = "spec_tests.adapters.reference"
@@ -58,11 +60,20 @@ def pytest_configure(config: pytest.Config) -> None:
     spec = option.impl or REFERENCE
     try:
         impl = load(spec, device, option.spec_dtype)
+        check_names(impl)
         prepare(option.spec_profile, option.spec_seed, impl.dtype, device)
         check_usable(impl, supported(impl))
     except Unusable as error:
         raise pytest.UsageError(f"--impl {spec}: the adapter cannot be used: {error}") from None
     config.pluginmanager.register(SpecReport(config, impl, opened(option)), "spec_report")
+
+
+def check_names(impl: Implementation) -> None:
+    """Raise Unusable for a test that is declared of and does not exist."""
+    for field in ("known", "not_claimed"):
+        for name in getattr(impl.declared, field):
+            if name not in RULES and name not in checks():
+                raise Unusable(f"declares[{field!r}] names {name!r}, no rule and no test")
 
 
 def tried(name: str) -> torch.device:

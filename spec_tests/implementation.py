@@ -3,8 +3,9 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -76,10 +77,19 @@ class Implementation:
         """From its layout and device."""
         return self.swap(x).cpu()
 
+    def call(self, name: str, *arguments: Any) -> Any:
+        """A call of the adapter."""
+        try:
+            return getattr(self.adapter, name)(*arguments)
+        except TypeError as error:
+            if error.__traceback__.tb_next is None:  # it did not come to its first line
+                raise Unusable(f"{error}; adapter.py has what {name}() is called with") from None
+            raise
+
     def build(self, settings: Settings) -> nn.Module:
         """A model whose every parameter matters: no zero biases, no unit gains, nothing tiny."""
         self.built = settings
-        model = self.adapter.build(settings)
+        model = self.call("build", settings)
         if model is NotImplemented:
             not_claimed("build() gives NotImplemented")
         if not isinstance(model, nn.Module):
@@ -96,15 +106,17 @@ class Implementation:
 
     def start(self, model: nn.Module, batch: int) -> Any:
         self.rows = batch
-        return self.adapter.start(model, batch)
+        return self.call("start", model, batch)
 
     def step(self, model: nn.Module, tokens: Tensor, state: Any) -> Step:
-        given = self.adapter.step(model, self.give(tokens), state)
+        given = self.call("step", model, self.give(tokens), state)
         if not isinstance(given, (tuple, list)) or len(given) != 3:
             raise Unusable(f"step() gives a {described(given)}, expected logits, state and loss")
         logits, state, loss = given
+        check_kind("step()", "logits", logits, Tensor, "a tensor")
         if loss is None:
             loss = 0.0
+        check_kind("step()", "loss", loss, (Tensor, Real), "a tensor, a number or None")
         if not isinstance(loss, Tensor):
             loss = torch.tensor(float(loss), dtype=self.dtype)
         if loss.numel() != 1:
@@ -112,43 +124,61 @@ class Implementation:
         return Step(self.take(logits), state, loss.cpu().reshape(()))
 
     def read(self, state: Any) -> list[Slots]:
-        given = list(self.adapter.read(state) or ())
+        expected = "memory and compressed memory"
+        given = self.call("read", state)
+        if given is not None:
+            given = items("read()", given, f"for each layer {expected}")
         if not given:  # before the first step it need not know its rows
             empty = torch.zeros(self.rows, 0, self.built.d_model, dtype=self.dtype)
             return [Slots(empty, empty)] * self.built.n_layers
         layers = []
         for layer in given:
             if not isinstance(layer, (tuple, list)) or len(layer) != 2:
-                expected = "memory and compressed memory"
                 raise Unusable(
                     f"read() gives a {described(layer)} for a layer, expected {expected}"
                 )
+            for name, part in zip(Slots._fields, layer, strict=True):
+                check_kind("read()", name, part, Tensor, "a tensor")
             mem, c_mem = layer
             layers.append(Slots(self.take(mem), self.take(c_mem)))
         return layers
 
     def compression_parameters(self, model: nn.Module) -> list[list[nn.Parameter]]:
-        return [list(layer) for layer in self.adapter.compression_parameters(model)]
+        call = "compression_parameters()"
+        layers = []
+        for layer in items(call, self.call("compression_parameters", model), "a list of layers"):
+            parameters = items(f"{call} of a layer", layer, "a list of parameters")
+            for parameter in parameters:
+                kind = "an nn.Parameter"
+                check_kind(f"{call} of a layer", "a list with", parameter, nn.Parameter, kind)
+            layers.append(parameters)
+        return layers
 
     # ---------------------------------------------------------------------- the optional calls
 
-    def needs(self, call: str) -> Any:
+    def needs(self, call: str) -> None:
         """The optional call, or this check is not claimed."""
-        found = getattr(self.adapter, call, None)
-        return found or not_claimed(f"needs {call}()")
+        if not self.has(call):
+            not_claimed(f"needs {call}()")
+
+    def has(self, call: str) -> bool:
+        return getattr(self.adapter, call, None) is not None
 
     def replace(self, state: Any, slots: Sequence[Slots]) -> Any:
-        replace = self.needs("replace")
-        return replace(state, [(self.give(mem), self.give(c_mem)) for mem, c_mem in slots])
+        self.needs("replace")
+        given = [(self.give(mem), self.give(c_mem)) for mem, c_mem in slots]
+        return self.call("replace", state, given)
 
     def compress(self, model: nn.Module, layer: int, old: Tensor, usage: Tensor) -> Tensor:
-        compress = self.needs("compress")
-        new = compress(model, layer, self.give(old), self.give(usage))
+        self.needs("compress")
+        new = self.call("compress", model, layer, self.give(old), self.give(usage))
+        check_kind("compress()", "slots", new, Tensor, "a tensor")
         return self.take(new)
 
     def weights(self, model: nn.Module, *names: str) -> dict[str, Any]:
         """What the adapter names; without these names the check is not claimed."""
-        weights = self.needs("weights")(model)
+        self.needs("weights")
+        weights = self.call("weights", model)
         check_weights(weights, self.built)
         for layer in weights["layers"]:
             missing = [name for name in names if name not in {**weights, **layer}]
@@ -178,7 +208,7 @@ class Implementation:
     def twin(self, model: nn.Module, settings: Settings) -> nn.Module | None:
         """A model of these settings with the parameters of another; None if their shapes differ, or
         there is no such model."""
-        twin = self.adapter.build(settings)
+        twin = self.call("build", settings)
         if twin is NotImplemented:
             return None
         twin = twin.to(self.device, self.dtype).train(model.training)
@@ -195,6 +225,19 @@ def not_claimed(reason: str) -> Any:
     pytest.skip(reason)
 
 
+def check_kind(call: str, what: str, value: object, kinds: Any, expected: str) -> None:
+    """Raise Unusable for a part of what a call gives that is of another type."""
+    if not isinstance(value, kinds):
+        raise Unusable(f"{call} gives {what} that is a {described(value)}, expected {expected}")
+
+
+def items(call: str, value: Any, expected: str) -> list:
+    """What a call gives, if it is a list or the like."""
+    if isinstance(value, (Tensor, nn.Module, str)) or not isinstance(value, Iterable):
+        raise Unusable(f"{call} gives a {described(value)}, expected {expected}")
+    return list(value)
+
+
 def described(value: object) -> str:
     """Its type, and its length if it has one."""
     name = type(value).__name__
@@ -205,7 +248,10 @@ def described(value: object) -> str:
 
 def declaration(adapter: Any) -> Declaration:
     """The adapter's declaration, checked."""
-    declares = dict(getattr(adapter, "declares", None) or {})
+    given = getattr(adapter, "declares", None) or {}
+    if not isinstance(given, Mapping):
+        raise Unusable(f"declares must be a dict, got a {described(given)}")
+    declares = dict(given)
     allowed = [field.name for field in fields(Declaration)]
     for name, value in declares.items():
         if name not in allowed:
@@ -230,13 +276,15 @@ def check_value(name: str, value: Any) -> None:
         some = f"some of {', '.join(SOME[name])}"
         need(isinstance(value, (tuple, list)), f"a tuple of {some}, as in ({SOME[name][0]!r},)")
         need(len(value) > 0, f"a tuple of {some}, one at least")
-        need(set(value) <= set(SOME[name]), some)
+        need(all(choice in SOME[name] for choice in value), some)
     elif name in ("known", "not_claimed"):
         need(isinstance(value, Mapping), "a dict, of a rule or the name of a test to the reason")
         for rule, reason in value.items():
             if rule not in RULES and not str(rule).startswith("test_"):
                 raise Unusable(f"declares[{name!r}] names {rule!r}, no rule and no test")
             need(isinstance(reason, str) and reason != "", f"a dict with a reason for {rule}")
+    elif name == "norm_eps":
+        need(isinstance(value, Real) and value >= 0, "a number of at least 0")
     elif name in ("name", "version"):
         need(isinstance(value, str), "a string")
     else:
@@ -310,13 +358,15 @@ def check_usable(impl: Implementation, settings: Settings) -> None:
     call = "build()"
     try:
         model = impl.build(settings)
+        if impl.build(settings) is model:
+            raise Unusable("build() gives the same model again, expected a new one")
         call = "start()"
         state = impl.start(model, 3)
         call = "read() of the state before the first step"
         slots = impl.read(state)
         check_slots(settings, call, slots)
         for turn, tokens in zip(("first", "second"), text.split(T, dim=1), strict=True):
-            before = [Slots(mem.clone(), c_mem.clone()) for mem, c_mem in slots]
+            before = copies(slots)
             call = f"the {turn} step()"
             step = impl.step(model, tokens, state)
             check_step(impl, settings, call, step)
@@ -325,17 +375,21 @@ def check_usable(impl: Implementation, settings: Settings) -> None:
             slots = impl.read(state)
             check_slots(settings, call, slots)
             if not any_differs(before, slots):
-                raise Unusable(f"{call} gives what it gave before it: is the next state returned?")
+                why = "is the next state returned, and anything remembered (MEM-1)?"
+                raise Unusable(f"{call} gives what it gave before it: {why}")
         call = "compression_parameters()"
         check_compression_parameters(impl, settings, model)
         call = "read(replace(state, slots))"
-        if getattr(impl.adapter, "replace", None):  # as `needs` asks
+        if impl.has("replace"):
             handed = [Slots(torch.randn_like(mem), torch.randn_like(c_mem)) for mem, c_mem in slots]
-            read = impl.read(impl.replace(state, handed))
-            need(call, "the slots handed to it:", True, not any_differs(handed, read))
+            before = copies(slots)
+            given = impl.replace(state, handed)
+            if any_differs(before, impl.read(state)):
+                raise Unusable("replace() changes the state that it is handed, expected another")
+            check_replaced(call, handed, impl.read(given))
         call = "weights()"
-        if getattr(impl.adapter, "weights", None):
-            check_weights(impl.adapter.weights(model), settings)
+        if impl.has("weights"):
+            impl.weights(model)
     except pytest.skip.Exception as skipped:
         raise Unusable(f"{call}: {skipped.msg}, for {settings}") from None
     except Exception as error:
@@ -351,8 +405,11 @@ def check_step(impl: Implementation, settings: Settings, call: str, step: Step) 
     expected = [3, settings.segment, settings.vocab_size]
     need(call, "logits of shape", expected, list(step.logits.shape))
     need(call, "logits of dtype", impl.dtype, step.logits.dtype)
-    if not step.logits.isfinite().all():
-        raise Unusable(f"{call} gives logits that are not finite")
+    if not step.logits.isfinite().all() or not step.loss.isfinite():
+        why = "as where a query sees no slot at all, itself neither (ATT-2)"
+        raise Unusable(f"{call} gives logits or a loss that is not finite, {why}")
+    if not step.logits.requires_grad:
+        raise Unusable(f"{call} gives logits without a gradient: do as training does, no no_grad()")
 
 
 def check_slots(settings: Settings, call: str, slots: list[Slots]) -> None:
@@ -361,6 +418,18 @@ def check_slots(settings: Settings, call: str, slots: list[Slots]) -> None:
         for part in layer:
             expected = [3, part.size(1), settings.d_model]
             need(call, "slots of shape", expected, list(part.shape))
+
+
+def check_replaced(call: str, handed: list[Slots], read: list[Slots]) -> None:
+    for i, (theirs, ours) in enumerate(zip(read, handed, strict=True)):
+        for name, got, expected in zip(Slots._fields, theirs, ours, strict=True):
+            if not torch.equal(got, expected):
+                where = f"{name} of layer {i}"
+                raise Unusable(f"{call} gives another {where} than replace() was handed")
+
+
+def copies(slots: list[Slots]) -> list[Slots]:
+    return [Slots(mem.clone(), c_mem.clone()) for mem, c_mem in slots]
 
 
 def any_differs(some: list[Slots], others: list[Slots]) -> bool:
@@ -381,7 +450,7 @@ def check_compression_parameters(
     for layer in theirs:
         for parameter in layer:
             if id(parameter) not in known:
-                raise Unusable(f"{call} gives something that is no parameter of the model")
+                raise Unusable(f"{call} gives a parameter that is none of the model's")
 
 
 def check_weights(weights: Any, settings: Settings) -> None:
@@ -402,27 +471,31 @@ def check_weights(weights: Any, settings: Settings) -> None:
     named = [(MODEL_WEIGHTS, whole)]
     named += [(LAYER_WEIGHTS, layer) for layer in weights["layers"]]
     for known, given in named:
+        if not isinstance(given, dict):
+            raise Unusable(f"{call} gives a {described(given)} for a layer, expected a dict")
         for name, value in given.items():
             if name not in known:
                 raise Unusable(f"{call} names {name!r}; there are {', '.join(known)}")
-            check_shape(name, known[name], shape_of(value), sizes)
+            check_shape(name, known[name], shape_of(name, value), sizes)
 
 
 def check_shape(name: str, letters: str, shape: list[int], sizes: dict[str, int]) -> None:
     """A letter whose size is not known has that of its first appearance."""
-    expected: list[object] = []
-    for k, letter in enumerate(letters.split()):
-        if k < len(shape):
-            sizes.setdefault(letter, shape[k])
-        expected.append(sizes.get(letter, letter))
-    if shape != expected:
-        wanted = letters.replace(" ", ", ")
+    axes = letters.split()
+    fits = len(shape) == len(axes)
+    for letter, size in zip(axes, shape, strict=False):
+        fits &= sizes.get(letter, size) == size
+    if not fits:
+        known = ", ".join(str(sizes.get(letter, letter)) for letter in axes)
         got = f"weights() gives {name!r} of shape {shape}"
-        raise Unusable(f"{got}, expected [{wanted}] = {expected}")
+        raise Unusable(f"{got}, expected [{', '.join(axes)}] = [{known}]")
+    sizes.update(zip(axes, shape, strict=True))
 
 
-def shape_of(value: Any) -> list[int]:
+def shape_of(name: str, value: Any) -> list[int]:
     """Of a tensor or a list of tensors of one shape."""
     if isinstance(value, Tensor):
         return list(value.shape)
-    return [len(value), *shape_of(value[0])]
+    if not isinstance(value, (tuple, list)) or len(value) == 0:
+        raise Unusable(f"weights() gives a {described(value)} for {name!r}, expected a tensor")
+    return [len(value), *shape_of(name, value[0])]

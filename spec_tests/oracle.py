@@ -18,8 +18,13 @@ TIMES_ROOT = "scores are scaled by sqrt(K) instead of 1/sqrt(K)"
 WIDE_SCALE = "scores are scaled by the whole width, 1/sqrt(D), instead of a head's"
 TRANSPOSED = "weights() gives matrices output x input; they are wanted as in y = x @ W"
 NEWEST_FIRST = "memories are attended to newest first"
+SWAPPED = "u and v are swapped: u belongs to content, v to position"
 AFTER_ATTENTION = "the loss takes h after attention instead of the layer's input"
-MISTAKES = (NO_SCALE, TIMES_ROOT, WIDE_SCALE, TRANSPOSED, NEWEST_FIRST, AFTER_ATTENTION)
+WITH_BIAS = "the loss adds u to its queries"
+PROJECTED = "the loss compares what comes after the output projection instead of before it"
+MISTAKES = (NO_SCALE, TIMES_ROOT, WIDE_SCALE, TRANSPOSED, NEWEST_FIRST, SWAPPED)
+MISTAKES += (AFTER_ATTENTION, WITH_BIAS, PROJECTED)
+NEEDS = {WITH_BIAS: "content_bias", PROJECTED: "output"}  # of the weights
 
 
 class Result(NamedTuple):
@@ -59,10 +64,18 @@ def times(x: Vector, matrix: list[Vector]) -> Vector:
     return [dot(x, column) for column in zip(*matrix, strict=True)]
 
 
-def layer_norm(x: Vector, weight: Vector, bias: Vector) -> Vector:
+def projected(w: dict, name: str, x: Vector) -> Vector:
+    """By a layer's matrix of this name, and its bias if there is one."""
+    y = times(x, w[name])
+    if f"{name}_bias" in w:
+        y = add(y, w[f"{name}_bias"])
+    return y
+
+
+def layer_norm(x: Vector, weight: Vector, bias: Vector, eps: float) -> Vector:
     mean = math.fsum(x) / len(x)
     variance = math.fsum((a - mean) ** 2 for a in x) / len(x)
-    deviation = math.sqrt(variance + 1e-5)
+    deviation = math.sqrt(variance + eps)
     normalised = []
     for a, w, b in zip(x, weight, bias, strict=True):
         normalised.append((a - mean) / deviation * w + b)
@@ -76,9 +89,14 @@ def softmax(scores: Vector) -> Vector:
     return [power / total for power in powers]
 
 
-def sinusoid(distance: float, width: int) -> Vector:
+def sinusoid(distance: float, width: int, order: str = "halves") -> Vector:
     angles = [distance / 10000 ** (2 * i / width) for i in range(width // 2)]
-    return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    if order == "halves":
+        return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    waves: Vector = []
+    for a in angles:
+        waves += [math.sin(a), math.cos(a)]
+    return waves
 
 
 def head(x: Vector, i: int, heads: int) -> Vector:
@@ -104,33 +122,40 @@ def turned(w: dict) -> dict:
     """The weights with square matrices transposed."""
     other = {}
     for name, value in w.items():
-        if name in ("query", "key", "value", "relative_key", "output"):
+        matrix = name in ("query", "key", "value", "relative_key", "output")
+        if matrix and len(value) == len(value[0]):
             value = [list(column) for column in zip(*value, strict=True)]
         other[name] = value
     return other
 
 
 def attend(
-    w: dict, x: list[Vector], memory: list[Vector], mistake: str = ""
+    declared: Declaration, w: dict, x: list[Vector], memory: list[Vector], mistake: str = ""
 ) -> tuple[list[Vector], Any]:
     """Relative attention of the segment x over memory and itself."""
     heads = len(w["content_bias"])
+    of_content = w["content_bias"]
+    of_position = w["position_bias"]
+    if mistake == SWAPPED:
+        of_content = w["position_bias"]
+        of_position = w["content_bias"]
     slots = memory + x
-    keys = [times(slot, w["key"]) for slot in slots]
-    values = [times(slot, w["value"]) for slot in slots]
+    keys = [projected(w, "key", slot) for slot in slots]
+    values = [projected(w, "value", slot) for slot in slots]
     relative = []  # the key of each distance
     for distance in range(len(slots)):
-        relative.append(times(sinusoid(distance, len(x[0])), w["relative_key"]))
+        waves = sinusoid(distance, len(x[0]), declared.sinusoid)
+        relative.append(times(waves, w["relative_key"]))
     attention: Any = [[] for _ in range(heads)]
     output = []
     for t, h in enumerate(x):
         here = len(memory) + t  # the slot that is position t
-        query = times(h, w["query"])
+        query = projected(w, "query", h)
         mixed: Vector = []  # what the heads find, side by side
         for i in range(heads):
             q = head(query, i, heads)
-            to_content = add(q, w["content_bias"][i])
-            to_position = add(q, w["position_bias"][i])
+            to_content = add(q, of_content[i])
+            to_position = add(q, of_position[i])
             scores = []
             for j in range(here + 1):
                 content = dot(to_content, head(keys[j], i, heads))
@@ -140,7 +165,7 @@ def attend(
             seen = [head(value, i, heads) for value in values[: here + 1]]
             attention[i].append(given)
             mixed += mix(given, seen)
-        output.append(times(mixed, w["output"]))
+        output.append(projected(w, "output", mixed))
     return output, attention
 
 
@@ -205,29 +230,33 @@ def as_read(
     """Slots as attention reads them: those stored raw are normalised first, in pre-norm."""
     if declared.storage == "normalised" or not settings.norm_first:
         return slots
-    return [layer_norm(slot, w["norm1_weight"], w["norm1_bias"]) for slot in slots]
+    weight = w["norm1_weight"]
+    bias = w["norm1_bias"]
+    return [layer_norm(slot, weight, bias, declared.norm_eps) for slot in slots]
 
 
 def content_attention(
     w: dict, heads: int, x: list[Vector], slots: list[Vector], mistake: str = ""
 ) -> list[Vector]:
     """Algorithm 2's attention: content alone, every slot seen, heads side by side."""
-    keys = [times(slot, w["key"]) for slot in slots]
-    values = [times(slot, w["value"]) for slot in slots]
-    if "value_bias" in w:
-        values = [add(value, w["value_bias"]) for value in values]
+    keys = [projected(w, "key", slot) for slot in slots]
+    values = [projected(w, "value", slot) for slot in slots]
     output = []
     for h in x:
-        query = times(h, w["query"])
+        query = projected(w, "query", h)
         mixed: Vector = []
         for i in range(heads):
             q = head(query, i, heads)
+            if mistake == WITH_BIAS:
+                q = add(q, w["content_bias"][i])
             scores = []
             for key in keys:
                 content = dot(q, head(key, i, heads))
                 scores.append(scaled(content, len(q), heads, mistake))
             seen = [head(value, i, heads) for value in values]
             mixed += mix(softmax(scores), seen)
+        if mistake == PROJECTED:
+            mixed = projected(w, "output", mixed)
         output.append(mixed)
     return output
 
@@ -327,10 +356,10 @@ def layer_step(
     mistake: str = "",
 ) -> tuple[list[Vector], list[Vector], list[Vector], Any, tuple[float, int]]:
     def norm1(x: list[Vector]) -> list[Vector]:
-        return [layer_norm(a, w["norm1_weight"], w["norm1_bias"]) for a in x]
+        return [layer_norm(a, w["norm1_weight"], w["norm1_bias"], declared.norm_eps) for a in x]
 
     def norm2(x: list[Vector]) -> list[Vector]:
-        return [layer_norm(a, w["norm2_weight"], w["norm2_bias"]) for a in x]
+        return [layer_norm(a, w["norm2_weight"], w["norm2_bias"], declared.norm_eps) for a in x]
 
     def feed_forward(x: Vector) -> Vector:
         inner = relu(add(times(x, w["ff1_weight"]), w["ff1_bias"]))
@@ -343,12 +372,12 @@ def layer_step(
     slots = as_read(declared, settings, w, attended_to)
     if settings.norm_first:
         x = norm1(h)
-        mixed, attention = attend(of_attention, x, slots, mistake)
+        mixed, attention = attend(declared, of_attention, x, slots, mistake)
         between = add_all(h, mixed)
         output = add_all(between, [feed_forward(a) for a in norm2(between)])
     else:
         x = h
-        mixed, attention = attend(of_attention, x, slots, mistake)
+        mixed, attention = attend(declared, of_attention, x, slots, mistake)
         between = norm1(add_all(h, mixed))
         output = norm2(add_all(between, [feed_forward(a) for a in between]))
 
@@ -388,7 +417,9 @@ def step(
         result.squares.append(loss)
         h = output
     if settings.norm_first:
-        h = [layer_norm(x, weights["norm_weight"], weights["norm_bias"]) for x in h]
+        weight = weights["norm_weight"]
+        bias = weights["norm_bias"]
+        h = [layer_norm(x, weight, bias, declared.norm_eps) for x in h]
     for x in h:
         result.logits.append(add(times(x, weights["logits_weight"]), weights["logits_bias"]))
     return result

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from .adapter import Settings
-from .implementation import Implementation, place_of
-from .rules import DESIGN, RULES, VERSION
+from .implementation import Implementation, Unusable, place_of
+from .rules import DESIGN, RULES, SHARPEST_FIRST, VERSION
 from .summary import VERDICTS, badge, markdown
 from .support import Broken, Case
 
@@ -28,9 +28,11 @@ def rules_of(test: str) -> list[str]:
     return [rule.replace("_", "-") for rule in found]
 
 
-def is_blunt(name: str) -> bool:
-    """Whether a test is about so much that a sharper one, which fails too, says more."""
-    return len(rules_of(name.split("::")[-1])) > 2
+def bluntness(name: str) -> tuple[bool, int]:
+    """How little the failure of a test says where others fail, too."""
+    rules = rules_of(name.split("::")[-1])
+    ranks = [SHARPEST_FIRST.index(rule) for rule in rules]
+    return len(rules) > 2, min(ranks, default=len(RULES))
 
 
 def code(value: Any) -> str:
@@ -60,6 +62,8 @@ def explain(
     if isinstance(error, Broken):
         lines += [f"  looked at  {error.what}", f"  expected   {error.expected}"]
         lines += [f"  got        {error.got}"]
+    elif isinstance(error, Unusable):
+        lines += [f"  raised     {error}"]
     else:
         said = str(error).strip().splitlines() or [""]
         lines += [f"  raised     {type(error).__name__}: {said[0]}"]
@@ -67,6 +71,8 @@ def explain(
     lines += [f"  with       {name} = {code(value)}" for name, value in drawn.items()]
     if isinstance(error, Broken) and error.cause:
         lines.append(f"  cause      {error.cause} (that is exactly what came)")
+    elif isinstance(error, Unusable):
+        lines.append("  or         the adapter has a mistake: adapter.py says what is expected")
     elif not isinstance(error, Broken) and place_of(error):  # it has its place, and no perhaps
         lines.append("  or         no model can have these settings: then build() may say so")
     else:
@@ -153,16 +159,21 @@ class SpecReport:
             message = explain(item.name, error, self.impl, self.other_options())
             report.longrepr = message
             about = broken_rules(item.name, error)
+            not_claimed = self.impl.declared.not_claimed
+            excused = {rule: self.reason(not_claimed, item.name, rule) for rule in about}
             for rule in rules:
-                if rule in about:
+                if rule in about and not excused[rule]:
                     self.add(rule, item.name, "failed", seconds, message)
                 else:
                     first = f"where {about[0]} fails first, it does not come to this"
-                    self.add(rule, item.name, "skipped", seconds, first)
+                    self.add(rule, item.name, "skipped", seconds, excused.get(rule) or first)
             known = [self.reason(self.impl.declared.known, item.name, rule) for rule in about]
             if all(known):
                 report.outcome = "skipped"
                 report.wasxfail = known[0]
+            if all(excused.values()):
+                report.outcome = "skipped"
+                report.longrepr = (str(item.path), None, excused[about[0]])
         elif report.outcome == "skipped":
             for rule in rules:
                 reason = self.reason(self.impl.declared.not_claimed, item.name, rule)
@@ -184,7 +195,7 @@ class SpecReport:
         if not checks:
             return "NOT RUN", ""
         messages: dict[str, dict[str, str]] = {"passed": {}, "failed": {}, "skipped": {}}
-        for check in sorted(checks, key=lambda check: is_blunt(check["name"])):
+        for check in sorted(checks, key=lambda check: bluntness(check["name"])):
             messages[check["outcome"]][check["name"]] = check["message"]
         passed = messages["passed"]
         failed = messages["failed"]
@@ -238,8 +249,8 @@ class SpecReport:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         terminal = self.config.pluginmanager.get_plugin("terminalreporter")
-        if terminal is not None:  # what fails in many rules says the least of any
-            terminal.stats.get("failed", []).sort(key=lambda report: is_blunt(report.nodeid))
+        if terminal is not None:
+            terminal.stats.get("failed", []).sort(key=lambda report: bluntness(report.nodeid))
         unexpected = any(self.verdict(rule)[0] == "UNEXPECTED PASS" for rule in RULES)
         if unexpected and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -77,7 +77,7 @@ def test_CMP_2_slot_k_depends_on_block_k_alone(impl: Implementation, case: Case,
             holds(found == expected, what, expected, found)
 
 
-@check(case=cases(steps=ONE_STEP, n_layers=3, d_model=12, compression=PARAMETRIC))
+@check(case=cases(steps=ONE_STEP, n_layers=3, d_model=24, compression=PARAMETRIC))
 def test_CMP_3_layers_share_no_compression_parameter(impl: Implementation, case: Case):
     model = impl.build(case.settings)
     layers = impl.compression_parameters(model)
@@ -88,7 +88,7 @@ def test_CMP_3_layers_share_no_compression_parameter(impl: Implementation, case:
     holds(len(set(storages)) == len(storages), "their parameters", "apart", "shared")
 
 
-@check(case=cases(steps=ONE_STEP, n_layers=3, d_model=12, compression=PARAMETRIC))
+@check(case=cases(steps=ONE_STEP, n_layers=3, d_model=24, compression=PARAMETRIC))
 def test_CMP_3_layers_compress_by_parameters_of_their_own(impl: Implementation, case: Case):
     """A layer's f_c moves with its own parameters and no other layer's."""
     model = impl.build(case.settings)

@@ -76,6 +76,22 @@ def test_MOD_2_training_and_evaluation_mode_agree(impl: Implementation, case: Ca
                 close(f"memories {where}", found.c_mem, was.c_mem)
 
 
+@check(case=cases(dropout=0.5))
+@torch.no_grad()
+def test_MOD_2_evaluation_drops_nothing_out(impl: Implementation, case: Case):
+    settings, schedule = case
+    model = impl.build(settings)
+    twin = impl.twin(model, settings._replace(dropout=0.0))
+    if twin is None:
+        not_claimed("there is no model with the same parameters that drops nothing out")
+    text = tokens(settings, 2, sum(schedule))
+    steps = impl.run(model, text, schedule)
+    for n, (one, other) in enumerate(zip(impl.run(twin, text, schedule), steps, strict=True)):
+        where = f"in step {n}, in evaluation mode, with dropout of 0.5 instead of 0"
+        close(f"logits {where}", other.logits, one.logits, impl.tolerance)
+        close(f"compression loss {where}", other.loss, one.loss, impl.tolerance)
+
+
 @check(case=cases(steps=(5, 5)))
 def test_MOD_3_a_saved_and_loaded_state_continues(impl: Implementation, case: Case):
     settings, schedule = case

@@ -1,6 +1,7 @@
 """The suite as its users meet it: a copy of the folder, an adapter, and a command."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,13 +17,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from .. import conftest, test_losses, test_memory
-from ..adapter import COMPRESSIONS, LOSSES, Declaration
+from ..adapter import COMPRESSIONS, LOSSES, Declaration, Settings
 from ..adapters import reference
 from ..implementation import Implementation, Unusable, check_usable, declaration, load
-from ..report import SCHEMA, SpecReport
-from ..rules import RULES, VERSION
+from ..report import SCHEMA, SpecReport, bluntness
+from ..rules import RULES, SHARPEST_FIRST, VERSION
 from ..summary import VERDICTS, badge, markdown
 from ..support import Case, holds, supported, torch_random
 from .verdicts import ADAPTERS, COLUMNS, column, table
@@ -180,6 +182,40 @@ def test_what_is_declared_is_followed():
     assert wrong.status == 0
     assert verdicts(wrong.report) == {"MOD-5": "KNOWN"}
     assert re.search(r"MOD-5 +SHOULD +KNOWN +nothing is checked", wrong.out)
+
+
+@pytest.mark.elsewhere
+def test_what_is_not_claimed_is_no_failure_of_a_check_of_several_rules():
+    """A compressed slot counts as two positions."""
+    with users_folder() as folder:
+        positions = "positions = sinusoid(distance"
+        change(folder, positions, f"distance[: c_mem[0].size(1)] *= 2\n        {positions}")
+        adapter = variant(folder, "twice", not_claimed={"ATT-3": "slots count twice"})
+        of_both = ("-k", "ATT_3_MEM_1")
+        claimed = spec(folder, "--impl=my_adapter.py", *of_both)
+        not_claimed = spec(folder, "--impl", adapter, *of_both)
+    assert claimed.status == 1
+    assert verdicts(claimed.report) == {"ATT-3": "FAIL", "MEM-1": "NOT CLAIMED"}
+    assert not_claimed.status == 0
+    assert verdicts(not_claimed.report) == {"ATT-3": "NOT CLAIMED", "MEM-1": "NOT CLAIMED"}
+    assert re.search(r"ATT-3 +MUST +NOT CLAIMED +slots count twice", not_claimed.out)
+
+
+def test_the_sharpest_failure_is_told_first():
+    """Every rule has its place; a check of several rules stands behind those of one."""
+    assert sorted(SHARPEST_FIRST) == sorted(RULES)
+    names = ["test_ATT_3_MEM_5_LOSS_5_loops", "test_ATT_4_stream", "test_MEM_8_x", "test_MEM_1_x"]
+    told = ["test_MEM_8_x", "test_MEM_1_x", "test_ATT_4_stream", "test_ATT_3_MEM_5_LOSS_5_loops"]
+    assert sorted(names, key=bluntness) == told
+
+
+def test_a_test_that_does_not_exist_is_not_declared():
+    adapter = Wrong(declares={"known": {"test_MEM_1_memory": "misspelt"}})
+    with pytest.raises(Unusable, match="names 'test_MEM_1_memory', no rule and no test"):
+        conftest.check_names(Implementation(adapter, "wrong"))
+    for name in ("MEM-1", "test_MEM_1_memory_is_the_newest_slots_oldest_first"):
+        adapter = Wrong(declares={"not_claimed": {name: "why"}})
+        conftest.check_names(Implementation(adapter, "right"))
 
 
 def test_what_is_known_of_a_test_hides_no_other_failure_of_its_rule():
@@ -433,7 +469,15 @@ def one_step(model, tokens, state):
     return RIGHT.step(model, tokens, state)
 
 
+def in_place(state, slots):
+    for (mem, c_mem), (other_mem, other_c_mem) in zip(zip(*state, strict=True), slots, strict=True):
+        mem.copy_(other_mem)
+        c_mem.copy_(other_c_mem)
+    return state
+
+
 RIGHT = reference.Adapter()
+ONCE = RIGHT.build(Settings())
 
 
 def test_a_shape_is_checked_where_the_first_settings_had_no_such_weight():
@@ -467,7 +511,7 @@ def test_a_shape_is_checked_where_the_first_settings_had_no_such_weight():
         ),
         (
             {"step": lambda m, x, s: (m(x, s)[0] / 0, *m(x, s)[1:3])},
-            r"the first step\(\) gives logits that are not finite",
+            r"the first step\(\) gives logits or a loss that is not finite, as where a query sees",
         ),
         ({"step": one_step}, r"the second step\(\) raised KeyError in .*test_instrument.py"),
         (
@@ -500,7 +544,7 @@ def test_a_shape_is_checked_where_the_first_settings_had_no_such_weight():
         ),
         (
             {"weights": lambda m: {"layers": [{"ff1_weight": torch.zeros(12, 8)}] * 2}},
-            r"weights\(\) gives 'ff1_weight' of shape \[12, 8\], expected \[D, F\] = \[8, 8\]",
+            r"weights\(\) gives 'ff1_weight' of shape \[12, 8\], expected \[D, F\] = \[8, F\]",
         ),
         (
             {"weights": lambda m: {"layers": [{"convolution": torch.zeros(16, 8)}] * 2}},
@@ -509,9 +553,64 @@ def test_a_shape_is_checked_where_the_first_settings_had_no_such_weight():
         ({"weights": lambda m: [{}, {}]}, r"weights\(\) gives a list of 2, expected a dict"),
         (
             {"compression_parameters": lambda m: [[torch.zeros(1)]] * 2},
-            "something that is no parameter of the model",
+            r"of a layer gives a list with that is a Tensor, expected an nn.Parameter",
         ),
-        ({"replace": lambda s, x: s}, "gives the slots handed to it: False, expected True"),
+        (
+            {"compression_parameters": lambda m: [[nn.Parameter(torch.zeros(1))]] * 2},
+            "gives a parameter that is none of the model's",
+        ),
+        (
+            {"compression_parameters": lambda m: list(m.layers[0].compress.parameters()) * 2},
+            r"of a layer gives a Parameter, expected a list of parameters",
+        ),
+        ({"compression_parameters": lambda m: None}, "gives a NoneType, expected a list of layers"),
+        ({"compression_parameters": lambda m: m}, r"gives a \w+Transformer, expected a list of la"),
+        (
+            {"compression_parameters": lambda: []},
+            r"takes 0 positional .*; adapter.py has what comp",
+        ),
+        ({"replace": lambda s, x: s}, "gives another mem of layer 0 than replace.. was handed"),
+        ({"replace": in_place}, "changes the state that it is handed, expected another"),
+        ({"build": lambda s: ONCE}, "gives the same model again, expected a new one"),
+        (
+            {"step": torch.no_grad()(lambda m, x, s: m(x, s)[:3])},
+            "gives logits without a gradient: do as training does",
+        ),
+        (
+            {"step": lambda m, x, s: (m(x, s)[0], 0.0, m(x, s)[1])},
+            r"step\(\) gives loss that is a Memory of 2, expected a tensor, a number or None",
+        ),
+        (
+            {"step": lambda m, x, s: (m(x, s)[0].tolist(), *m(x, s)[1:3])},
+            r"step\(\) gives logits that is a list of 3, expected a tensor",
+        ),
+        (
+            {"step": lambda m, x, s: (*m(x, s)[:2], math.nan)},
+            "gives logits or a loss that is not finite",
+        ),
+        (
+            {"read": lambda s: torch.zeros(2, 2, 3, 1, 8)},
+            r"read\(\) gives a Tensor, expected for each",
+        ),
+        (
+            {"read": lambda s: [(m, None) for m in s[0]]},
+            r"gives c_mem that is a NoneType, expected a",
+        ),
+        (
+            {"weights": lambda m: {"layers": [None] * 2}},
+            "gives a NoneType for a layer, expected a d",
+        ),
+        (
+            {"weights": lambda m: {"layers": [{"query": m.layers[0].attention.query}] * 2}},
+            r"weights\(\) gives a Linear for 'query', expected a tensor",
+        ),
+        (
+            {"weights": lambda m: {"layers": [{"dilated": []}] * 2}},
+            "gives a list of 0 for 'dilated'",
+        ),
+        ({"declares": ["name"]}, "declares must be a dict, got a list of 1"),
+        ({"declares": {"compressions": ("conv", ["x"])}}, "'compressions'. must be some of conv, "),
+        ({"declares": {"norm_eps": "small"}}, "'norm_eps'. must be a number of at least 0, got 's"),
         (
             {"declares": {"layout": "sideways"}},
             "must be one of 'batch_first', 'time_first', got 's",

@@ -135,6 +135,32 @@ def test_a_failure_says_what_surely_is_wrong(what: str, check: str, rule: str, c
 SCALES = ("scale = q.size(-1) ** -0.5", "scale = q.size(-1) ** 0.5")
 FEW_SCALES = ("scale = K**-0.5", "scale = K**0.5")
 READS = (READ, READ.replace("mem, c_mem", "mem.flip(1), c_mem.flip(1)"))
+SWAPPED = (
+    ("scale * (q + content_bias[:, None, None])", "scale * (q + position_bias[:, None, None])"),
+    (
+        "q_position = scale * (q + position_bias[:, None, None])",
+        "q_position = scale * (q + content_bias[:, None, None])",
+    ),
+    ("scale * (q + self.content_bias[:, None])", "scale * (q + self.position_bias[:, None])"),
+    (
+        "q_position = scale * (q + self.position_bias[:, None])",
+        "q_position = scale * (q + self.content_bias[:, None])",
+    ),
+)
+WITH_BIAS = (
+    (
+        "q = attention.heads(attention.query(h))",
+        "q = attention.heads(attention.query(h)) + attention.content_bias[:, None, None]",
+    ),
+)
+PROJECTED = (
+    (
+        "return scores.softmax(dim=-1, dtype=scores.dtype) @ v\n\n    with",
+        "read = scores.softmax(dim=-1, dtype=scores.dtype) @ v\n"
+        "        weight = attention.output.weight.detach()\n"
+        "        return read.movedim(0, 2).flatten(2) @ weight.T\n\n    with",
+    ),
+)
 AFTER = "self.__dict__['between'] = h.detach()"
 PRE = "            h = h + self.dropout(attended)\n"
 POST = "            h = self.attention_norm(h + self.dropout(attended))\n"
@@ -156,6 +182,61 @@ class OutputByInput(reference.Adapter):
         return named
 
 
+BIASES = (
+    ("self.query = nn.Linear(D, D, bias=False)", "self.query = nn.Linear(D, D)"),
+    ("self.key_value = nn.Linear(D, 2 * D, bias=False)", "self.key_value = nn.Linear(D, 2 * D)"),
+    ("self.output = nn.Linear(D, D, bias=False)", "self.output = nn.Linear(D, D)"),
+)
+
+
+class WithBiases(reference.Adapter):
+    """It names the biases of attention's projections, too."""
+
+    def weights(self, model: nn.Module) -> dict:
+        named = super().weights(model)
+        for layer, weights in zip(model.layers, named["layers"], strict=True):
+            weights["query_bias"] = layer.attention.query.bias
+            key_bias, value_bias = layer.attention.key_value.bias.chunk(2)
+            weights["key_bias"] = key_bias
+            weights["value_bias"] = value_bias
+            weights["output_bias"] = layer.attention.output.bias
+        return named
+
+
+def test_biases_are_compared_where_they_are_named():
+    model = changed(BIASES)
+    with profile("few"):
+        for check in (BY_LOOPS, LOSS):
+            checks()[check](Implementation(WithBiases(model), "with biases"))
+        with pytest.raises(pytest.skip.Exception, match="does not name what is in layers.0.*query"):
+            checks()[BY_LOOPS](Implementation(reference.Adapter(model), "without their names"))
+
+
+def test_dropout_that_is_never_off_is_a_fault():
+    always = ("self.dropout = nn.Dropout(config.dropout)", "self.dropout = Always(config.dropout)")
+    kind = (
+        "class Output(NamedTuple)",
+        "class Always(nn.Dropout):\n"
+        "    def forward(self, x):\n"
+        "        return F.dropout(x, self.p)\n\n\n"
+        "class Output(NamedTuple)",
+    )
+    check = checks()["test_MOD_2_evaluation_drops_nothing_out"]
+    with profile("few"):
+        check(Implementation(reference.Adapter(), "right"))
+        error = failure(check, Implementation(reference.Adapter(changed((kind, always))), "wrong"))
+    assert isinstance(error, Broken)
+
+
+def test_a_token_that_is_hidden_from_itself_is_found_without_optional_calls():
+    adapter = reference.Adapter(changed(fault("a query does not see itself").changes))
+    for call in ("replace", "compress", "weights"):
+        setattr(adapter, call, None)
+    with profile("quick"):
+        error = failure(checks()["test_ATT_2_a_token_sees_itself"], Implementation(adapter, ""))
+    assert isinstance(error, Broken)
+
+
 class NewestFirst(reference.Adapter):
     """It reads memories newest first."""
 
@@ -169,6 +250,9 @@ class NewestFirst(reference.Adapter):
         (reference.Adapter, (SCALES, FEW_SCALES), BY_LOOPS, oracle.TIMES_ROOT),
         (reference.Adapter, (READS,), BY_LOOPS, oracle.NEWEST_FIRST),
         (reference.Adapter, QUERIES, BY_LOOPS, oracle.AFTER_ATTENTION),
+        (reference.Adapter, SWAPPED, BY_LOOPS, oracle.SWAPPED),
+        (reference.Adapter, WITH_BIAS, LOSS, oracle.WITH_BIAS),
+        (reference.Adapter, PROJECTED, LOSS, oracle.PROJECTED),
         (OutputByInput, (), BY_LOOPS, oracle.TRANSPOSED),
         (OutputByInput, (), LOSS, oracle.TRANSPOSED),
         (NewestFirst, (), BY_LOOPS, "read() gives the newest slot first"),

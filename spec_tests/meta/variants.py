@@ -57,6 +57,28 @@ VARIANTS = {
             ),
         ),
     ),
+    "sines and cosines in turn, another epsilon, tied embedding, layers share all but f_c": (
+        {"sinusoid": "alternating", "norm_eps": 1e-6},
+        (),
+        (
+            (
+                "return torch.cat([angle.sin(), angle.cos()], dim=-1)",
+                "return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)",
+            ),
+            ("nn.LayerNorm(D)", "nn.LayerNorm(D, eps=1e-6)"),
+            ("nn.LayerNorm(config.d_model)", "nn.LayerNorm(config.d_model, eps=1e-6)"),
+            (
+                "self.logits = nn.Linear(config.d_model, config.vocab_size)",
+                "self.logits = nn.Linear(config.d_model, config.vocab_size)\n"
+                "        self.logits.weight = self.embedding.weight\n"
+                "        for layer in self.layers:\n"
+                "            layer.attention = self.layers[0].attention\n"
+                "            layer.attention_norm = self.layers[0].attention_norm\n"
+                "            layer.feed_forward = self.layers[0].feed_forward\n"
+                "            layer.feed_forward_norm = self.layers[0].feed_forward_norm",
+            ),
+        ),
+    ),
     "keys of its own for compressed memory": (
         {"positions": "separate", "bptt": False},
         ("weights",),
