@@ -149,8 +149,7 @@ class Implementation:
         for layer in items(call, self.call("compression_parameters", model), "a list of layers"):
             parameters = items(f"{call} of a layer", layer, "a list of parameters")
             for parameter in parameters:
-                kind = "an nn.Parameter"
-                check_kind(f"{call} of a layer", "a list with", parameter, nn.Parameter, kind)
+                check_kind(call, "something", parameter, nn.Parameter, "an nn.Parameter")
             layers.append(parameters)
         return layers
 

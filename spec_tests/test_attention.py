@@ -81,17 +81,19 @@ def test_ATT_1_the_derivative_by_later_tokens_is_zero(impl: Implementation, case
 
     with nn.modules.module.register_module_forward_hook(keep):
         logits = impl.step(model, text.expand(2, T), state).logits
-    table: Any = None
-    if len(embedded) != 1:
-        table, layout = table_of(impl, model)
+    layout = None
+    if len(embedded) == 1:
+        (source,) = embedded
+    else:
+        source, layout = table_of(impl, model)
     for t in range(T):
         square = logits[0, t].square().sum()
-        source = embedded[0] if table is None else table
         (gradient,) = torch.autograd.grad(square, source, retain_graph=True)
-        if table is None:
-            of_later = impl.take(gradient)[0, t + 1 :]
+        if layout is None:
+            by_tokens = impl.take(gradient)[0]
         else:
-            of_later = gradient.contiguous().as_strided(*layout)[text[t + 1 :]]
+            by_tokens = gradient.contiguous().as_strided(*layout)[text]
+        of_later = by_tokens[t + 1 :]
         close(f"derivative of the logits at {t} by later tokens", of_later, 0 * of_later)
 
 

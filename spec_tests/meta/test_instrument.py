@@ -553,7 +553,7 @@ def test_a_shape_is_checked_where_the_first_settings_had_no_such_weight():
         ({"weights": lambda m: [{}, {}]}, r"weights\(\) gives a list of 2, expected a dict"),
         (
             {"compression_parameters": lambda m: [[torch.zeros(1)]] * 2},
-            r"of a layer gives a list with that is a Tensor, expected an nn.Parameter",
+            "gives something that is a Tensor, expected an nn.Parameter",
         ),
         (
             {"compression_parameters": lambda m: [[nn.Parameter(torch.zeros(1))]] * 2},
