@@ -130,8 +130,8 @@ def relative_shift(scores: Tensor) -> Tensor:
     row above. T = 3, S = 4, digits for distances:
 
         3 2 1 0 .        1 0 . 3      What follows a distance 0 is rubbish (the padding, then the
-        3 2 1 0 .   ->   2 1 0 .      next row), and harmless: there stand the tokens after t,
-        3 2 1 0 .        3 2 1 0      which the causal mask hides.
+        3 2 1 0 .   ->   2 1 0 .      next row). The causal mask hides it: there stand the tokens
+        3 2 1 0 .        3 2 1 0      after t.
     """
     T = scores.size(-2)
     S = scores.size(-1) - 1
@@ -168,7 +168,7 @@ def relative_attention(
     scale = q.size(-1) ** -0.5
     q_content = scale * (q + content_bias[:, None, None])
     q_position = scale * (q + position_bias[:, None, None])
-    padded_r = F.pad(r, (0, 0, 0, 1))  # its column of padding for relative_shift
+    padded_r = F.pad(r, (0, 0, 0, 1))  # zeros: relative_shift's column of padding
     content = q_content @ k.mT  # AC in Transformer-XL's code, [H, B, T, S]
     by_distance = torch.einsum("hbtk,hnk->hbtn", q_position, padded_r)  # [H, B, T, S + 1]
     position = relative_shift(by_distance)  # BD
@@ -184,13 +184,14 @@ class RelativeMultiHeadAttention(nn.Module):
         super().__init__()
         D = d_model
         H = n_heads
-        self.n_heads = n_heads
-        self.head_dim = D // H
+        K = D // H
+        self.n_heads = H
+        self.head_dim = K
         self.query = nn.Linear(D, D, bias=False)
         self.key_value = nn.Linear(D, 2 * D, bias=False)
         self.relative_key = nn.Linear(D, D, bias=False)  # W_R
-        self.content_bias = nn.Parameter(torch.zeros(H, D // H))  # u
-        self.position_bias = nn.Parameter(torch.zeros(H, D // H))  # v
+        self.content_bias = nn.Parameter(torch.zeros(H, K))  # u
+        self.position_bias = nn.Parameter(torch.zeros(H, K))  # v
         self.dropout = nn.Dropout(dropout)  # of the weights
         self.output = nn.Linear(D, D, bias=False)
 
@@ -218,7 +219,7 @@ class RelativeMultiHeadAttention(nn.Module):
     def project(self, x: Tensor, slots: list[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys, values and W_R R, as `relative_attention` takes them."""
         q = self.heads(self.query(x)).contiguous()  # else each of its two products copies it
-        # Part by part: the gradient of one product of all would reach the memories, too.
+        # Part by part: in one product of all, the memories' gradient would be computed, too.
         parts = [self.heads(self.key_value(part)) for part in slots]
         k, v = torch.cat(parts, dim=-2).chunk(2)
         r = self.heads(self.relative_key(positions))
