@@ -67,7 +67,7 @@ def test_ATT_1_a_changed_token_changes_nothing_before_it(
 
 @check(case=cases(steps=(1, 1), shortest=2, vocab_size=30), full=st.booleans())
 def test_ATT_1_the_derivative_by_later_tokens_is_zero(impl: Implementation, case: Case, full: bool):
-    """By what the embedding gives, or, where there is no nn.Embedding, by the rows of its table."""
+    """By what the embedding gives, or, where that is not to be had, by the rows of its table."""
     settings, (T,) = case
     model = impl.build(settings)
     state = filled(impl, model, settings, T) if full else impl.start(model, 2)
@@ -82,10 +82,10 @@ def test_ATT_1_the_derivative_by_later_tokens_is_zero(impl: Implementation, case
     with nn.modules.module.register_module_forward_hook(keep):
         logits = impl.step(model, text.expand(2, T), state).logits
     layout = None
-    if len(embedded) == 1:
+    if len(embedded) == 1 and is_source(embedded[0], logits):
         (source,) = embedded
     else:
-        source, layout = table_of(impl, model)
+        source, layout = table_of(impl, model, settings)
     for t in range(T):
         square = logits[0, t].square().sum()
         (gradient,) = torch.autograd.grad(square, source, retain_graph=True)
@@ -97,18 +97,30 @@ def test_ATT_1_the_derivative_by_later_tokens_is_zero(impl: Implementation, case
         close(f"derivative of the logits at {t} by later tokens", of_later, 0 * of_later)
 
 
-def table_of(impl: Implementation, model: nn.Module) -> tuple[nn.Parameter, tuple]:
-    """The embedding that weights() names, as a parameter, and the shape and strides under which its
-    row i is that of token i."""
-    named: dict = {}
+def is_source(x: Tensor, logits: Tensor) -> bool:
+    """Whether the logits are made of x (behind a bridge they are made of the parameters alone)."""
+    if not x.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(logits.sum(), x, retain_graph=True, allow_unused=True)
+    return gradient is not None
+
+
+def table_of(
+    impl: Implementation, model: nn.Module, settings: Settings
+) -> tuple[nn.Parameter, tuple]:
+    """The embedding as a parameter, and the shape and strides under which its row i is that of
+    token i."""
+    table = None
     if impl.has("weights"):
-        named = impl.weights(model)
-    table = named.get("embedding")
+        table = impl.weights(model).get("embedding")
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == settings.vocab_size:
+            table = module.weight
     if table is None:
         not_claimed("has no nn.Embedding of its tokens, and weights() names none")
-    logits = named.get("logits_weight")
-    if logits is not None and logits.data_ptr() == table.data_ptr():
-        not_claimed("the embedding has another use: logits")
+    users = [module for module in model.modules() if getattr(module, "weight", None) is table]
+    if len(users) > 1:
+        not_claimed("the embedding has another use")
     for parameter in model.parameters():
         if parameter.data_ptr() == table.data_ptr():
             return parameter, (table.shape, table.stride())
