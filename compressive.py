@@ -283,9 +283,8 @@ class FasterAttention(RelativeMultiHeadAttention):
         weights = self.dropout(causal_softmax(position + content))
         weights_rows = weights.transpose(0, 1).flatten(1, 2)  # [B, H*T, S]
         lengths = [part.size(1) for part in slots]
-        read_rows = 0
-        for part_weights, part in zip(weights_rows.split(lengths, dim=-1), slots, strict=True):
-            read_rows = read_rows + part_weights @ part  # [B, H*T, D]
+        pairs = zip(weights_rows.split(lengths, dim=-1), slots, strict=True)
+        read_rows = sum(part_weights @ part for part_weights, part in pairs)  # [B, H*T, D]
         read = read_rows.view(B, H, T, D).transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
         return (read @ w_v.mT).view(H, B, T, K)
 

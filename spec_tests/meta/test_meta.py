@@ -212,6 +212,40 @@ def test_biases_are_compared_where_they_are_named():
             checks()[BY_LOOPS](Implementation(reference.Adapter(model), "without their names"))
 
 
+def test_a_window_as_long_as_the_memories_is_no_fault_of_what_is_remembered():
+    """A model with a longer memory has another window, and is no twin to read inputs from."""
+    count = "check_input(self, tokens, memory)\n        if memory"
+    hidden = "scores[..., S - T :].masked_fill_(future, -math.inf)"
+    changes = (
+        (
+            count,
+            f"globals()['WINDOW'] = self.config.mem_len + self.config.c_mem_len\n        {count}",
+        ),
+        (
+            hidden,
+            f"{hidden}\n        scores.masked_fill_(torch.ones(T, S).tril(S - T - WINDOW).bool(), -1e30)",
+        ),
+    )
+    impl = Implementation(reference.Adapter(changed(changes)), "with a window")
+    with profile("quick"):
+        for name, check in checks().items():
+            if name.startswith(("test_MEM_1_memory", "test_MEM_5_new", "test_LOSS_5")):
+                check(impl)
+
+
+def test_another_rate_is_no_other_f_c_where_positions_may_change_with_it():
+    """Each compressed slot stands for c positions."""
+    positions = "positions = sinusoid(distance"
+    far = "distance[:C].add_((self.config.compression_rate - 1) * torch.arange(C, 0, -1))"
+    changes = ((positions, f"C = c_mem[0].size(1)\n        {far}\n        {positions}"),)
+    adapter = reference.Adapter(changed(changes))
+    adapter.declares = {"positions": "separate", "compressions": ("mean_pool",)}
+    with profile("few"), pytest.raises(pytest.skip.Exception, match="with the rate positions may"):
+        checks()["test_MEM_6_slots_made_in_a_step_are_first_read_in_the_next"](
+            Implementation(adapter, "c positions a slot")
+        )
+
+
 def test_dropout_that_is_never_off_is_a_fault():
     always = ("self.dropout = nn.Dropout(config.dropout)", "self.dropout = Always(config.dropout)")
     kind = (
