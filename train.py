@@ -50,7 +50,7 @@ WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """End the program with one line. Status 2: what the user gave does not work."""
-    print("train.py:", printable(message.replace("\n", " ")), file=sys.stderr, flush=True)
+    print("train.py:", printable(message.replace("\n", " ")), file=sys.stderr)
     sys.exit(status)
 
 
@@ -61,8 +61,6 @@ def printable(text: object, keep: str = "") -> str:
 
 # ------------------------------------------------------------------------------------ command line
 
-# Of parameters, for each --dtype: under bfloat16, matrix products alone are in it.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 # A byte has 256 values, and a step ends with its segment.
 MODEL_SETTINGS = [x for x in fields(Config) if x.name not in ("vocab_size", "bptt")]
 ACTIONS = ["out", "resume", "eval_only", "sample", "prompt"]  # all other options are settings
@@ -87,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sample-bytes", type=int, default=500, help="length of a sample")
     add("--data", default="stdlib", help="stdlib, tinyshakespeare (fetched once), file or folder")
     add("--device", default="auto", help="auto (an accelerator or the CPU) or a torch device")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="of products (float64: of all)")
+    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of matmuls")
     add("--compile", action="store_true", help="let torch.compile make it faster")
     add("--seed", type=int, default=0, help="of the weights and dropout")
     add("--steps", type=int, default=1260, help="optimiser steps, of a segment each")
@@ -264,11 +262,11 @@ def learning_rate(args: Namespace, step: int) -> float:
 
 
 def make_optimizer(model: CompressiveTransformer) -> torch.optim.Optimizer:
-    """AdamW without weight decay, and with a higher rate for embedding and logits."""
+    """Adam, with a higher rate for embedding and logits."""
     ends = [*model.embedding.parameters(), *model.logits.parameters()]
     inside = [*model.layers.parameters(), *model.norm.parameters()]
     groups = [{"params": ends, "scale": 3.0}, {"params": inside, "scale": 1.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
 
 
 def to_tokens(rows: list[bytes], device: torch.device) -> Tensor:
@@ -308,7 +306,7 @@ def train(
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
     torch.manual_seed(args.seed)
-    model = CompressiveTransformer(config).to(device, DTYPES[args.dtype])
+    model = CompressiveTransformer(config).to(device)
     optimizer = make_optimizer(model)
     rows = args.batch_size // WORLD_SIZE
     mine = range(RANK * rows, (RANK + 1) * rows)  # this process's rows of the batch
@@ -393,7 +391,7 @@ def train(
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             output = parallel(tokens[:, :-1], memory)
         memory = output.memory
-        logits = output.logits.flatten(0, 1).to(DTYPES[args.dtype])
+        logits = output.logits.flatten(0, 1).float()
         targets = tokens[:, 1:].flatten()
         loss = F.cross_entropy(logits, targets)
         (loss + output.compression_loss).backward()
@@ -518,12 +516,12 @@ def run(args: Namespace, state: dict | None) -> None:
     if RANK > 0:
         return
 
-    model = CompressiveTransformer(eval_config).to(device, DTYPES[args.dtype]).eval()
+    model = CompressiveTransformer(eval_config).to(device).eval()
     model.load_state_dict(state["model"])
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         if args.sample or not only:
             written = sample(model, text, args)
-            print(written, end="", flush=True)
+            print(written, end="")
         if args.eval_only or not only:
             bpc = evaluate(model, text, max(args.segment, args.mem_len))
     if only:

@@ -25,6 +25,7 @@ importlib.import_module("torch._dynamo")  # optimisers load it at their first st
 OPTIONS = "--steps 24 --save-every 1 --batch-size 4 --segment 8 --dropout 0.1 "
 OPTIONS += "--d-model 64 --n-heads 2 --n-layers 2 --d-ff 512 --mem-len 16 --c-mem-len 8 "
 OPTIONS += "--compression-rate 2 --sample-bytes 4 --device cpu --dtype float32"
+DTYPE = torch.float32  # torch's default in a new process
 
 
 def start(folder: Path, *options: object, output: str = "output.txt", **environment: object) -> int:
@@ -39,7 +40,7 @@ def start(folder: Path, *options: object, output: str = "output.txt", **environm
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             os.environ.update({name: str(value) for name, value in environment.items()})
-            torch.set_default_dtype(torch.float32)  # that of a new process
+            torch.set_default_dtype(DTYPE)
             importlib.reload(train)  # which looks at the environment
             train.main([str(option) for option in options])
             status = 0
