@@ -102,7 +102,9 @@ class Implementation:
                     parameter.normal_(center, std=0.3)
                 else:
                     parameter.normal_(std=1.2 / parameter.size(-1) ** 0.5)
-        return model.to(self.device)
+        if self.device != CPU:
+            model = model.to(self.device)
+        return model
 
     def start(self, model: nn.Module, batch: int) -> Any:
         self.rows = batch

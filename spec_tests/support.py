@@ -328,16 +328,19 @@ class Examples:
         return self.ran < self.left_out.total() / 10
 
 
-def check(share: int = 1, **strategies: Any) -> Callable:
+def check(share: int = 1, gradients: bool = False, **strategies: Any) -> Callable:
     """Make a function of an implementation and drawn values a test: Hypothesis's `given`, with
     strategies that may depend on the implementation (`cases`), under the profile loaded when it is
     called; the values of a failing example go with its exception, for the report.
 
     What is not claimed in an example, or compares nothing there, leaves out that example, and
     another is drawn; a check with too few left is not claimed. One that looks at much in each has
-    only a `share` of the examples, a half, a third."""
+    only a `share` of the examples, a half, a third. No step keeps its graph unless the check is
+    about `gradients`."""
 
     def decorate(body: Callable) -> Callable:
+        body = torch.set_grad_enabled(gradients)(body)
+
         def test(impl: Implementation) -> None:
             examples = Examples()
             count = math.ceil(hypothesis.settings().max_examples / share)

@@ -47,9 +47,8 @@ def of_changed_tokens(impl: Implementation, case: Case, full: bool = True) -> Lo
     model = impl.build(settings)
     text = tokens(settings, 1, T)
     state = filled(impl, model, settings, T, batch=T) if full else impl.start(model, T)
-    with torch.no_grad():
-        plain = impl.step(model, text.expand(T, T), state)
-        other = impl.step(model, changed(text, settings.vocab_size), state)
+    plain = impl.step(model, text.expand(T, T), state)
+    other = impl.step(model, changed(text, settings.vocab_size), state)
     return Logits(plain.logits, other.logits)
 
 
@@ -65,7 +64,11 @@ def test_ATT_1_a_changed_token_changes_nothing_before_it(
         close(what, other[i, :i], plain[i, :i])
 
 
-@check(case=cases(steps=(1, 1), shortest=2, vocab_size=30), full=st.booleans())
+@check(
+    gradients=True,
+    case=cases(steps=(1, 1), shortest=2, vocab_size=30),
+    full=st.booleans(),
+)
 def test_ATT_1_the_derivative_by_later_tokens_is_zero(impl: Implementation, case: Case, full: bool):
     """By what the embedding gives, or, where that is not to be had, by the rows of its table."""
     settings, (T,) = case
@@ -166,9 +169,8 @@ def test_ATT_2_every_slot_reaches_every_logit(impl: Implementation, case: Case):
             slot = getattr(other[i], part)[row, k]
             slot += torch.randn(settings.d_model, dtype=impl.dtype)
         start = impl.start(model, rows)
-        with torch.no_grad():
-            before = impl.step(model, text, impl.replace(start, plain)).logits
-            after = impl.step(model, text, impl.replace(start, other)).logits
+        before = impl.step(model, text, impl.replace(start, plain)).logits
+        after = impl.step(model, text, impl.replace(start, other)).logits
         return (before != after).any(dim=-1)
 
     reached = in_some_draw(torch.ones(rows, T, dtype=torch.bool), differs)
@@ -215,9 +217,8 @@ def after_one_token(
     if impl.declared.start == "zeros":
         impl.needs("replace")
     state = impl.start(model, 1)
-    with torch.no_grad():
-        for _ in range(count):
-            state = impl.step(model, torch.zeros(1, T, dtype=torch.int64), state).state
+    for _ in range(count):
+        state = impl.step(model, torch.zeros(1, T, dtype=torch.int64), state).state
     return state
 
 
@@ -239,7 +240,6 @@ def behind(
 
 
 @check(case=cases(steps=(1, 1)), c_mem=counts(0, 8), mem=counts(0, 8))
-@torch.no_grad()
 def test_ATT_3_MEM_1_compressed_memory_stands_before_memory_a_position_a_slot(
     impl: Implementation, case: Case, c_mem: int, mem: int
 ):
@@ -274,7 +274,6 @@ def test_ATT_3_MEM_1_compressed_memory_stands_before_memory_a_position_a_slot(
 
 
 @check(case=cases(steps=(2, 5)), c_mem=counts(0, 8), mem=counts(0, 8))
-@torch.no_grad()
 def test_ATT_3_a_token_is_as_far_away_in_memory_as_in_the_segment(
     impl: Implementation, case: Case, c_mem: int, mem: int
 ):
@@ -326,7 +325,6 @@ def with_inputs(before: list[Slots], after: list[Slots], T: int) -> list[Slots]:
     c_mem=counts(0, 5),
     mem=counts(0, 5),
 )
-@torch.no_grad()
 def test_ATT_3_a_slot_without_attention_may_as_well_not_be_there(
     impl: Implementation, case: Case, c_mem: int, mem: int
 ):
@@ -364,7 +362,7 @@ def test_ATT_3_a_slot_without_attention_may_as_well_not_be_there(
     close(what, found, without, impl.tolerance)
 
 
-@check(case=cases(longest=2, compression=WHOLE, divisible=True), before=counts(1, 4))
+@check(case=cases(shortest=2, compression=WHOLE, divisible=True), before=counts(1, 4))
 def test_ATT_4_the_same_context_gives_the_same_logits_anywhere_in_the_stream(
     impl: Implementation, case: Case, before: int
 ):
@@ -408,7 +406,6 @@ def test_ATT_5_while_nothing_overflows_any_split_gives_the_same_logits(
 
 
 @check(case=cases())
-@torch.no_grad()
 def test_ATT_6_rows_do_not_see_each_other(impl: Implementation, case: Case):
     settings, schedule = case
     model = impl.build(settings)
@@ -431,7 +428,7 @@ def test_ATT_6_rows_do_not_see_each_other(impl: Implementation, case: Case):
                 close(memories, one.c_mem[0], both.c_mem[row], impl.tolerance)
 
 
-@check(case=cases(zeros=True, steps=(1, 5)))
+@check(gradients=True, case=cases(zeros=True, steps=(1, 5)))
 def test_ATT_3_MEM_5_LOSS_5_every_step_equals_the_loops(impl: Implementation, case: Case):
     """The whole step in plain Python (oracle.py), for an implementation that names its weights: in
     the order in which a step makes them, so that what differs first is told."""

@@ -60,11 +60,10 @@ def test_CMP_2_slot_k_depends_on_block_k_alone(impl: Implementation, case: Case,
             for j in range(c * n):
                 others[j, j] += 10 * torch.randn(settings.d_model, dtype=impl.dtype)
             used = usage[:1].repeat(c * n, 1)
-            with torch.no_grad():
-                slots = impl.compress(model, 0, rows, used)
-                moved = impl.compress(model, 0, others, used)
-                later = impl.compress(model, 0, old[:, c:], usage[:, c:])
-                first = impl.compress(model, 0, old, usage)
+            slots = impl.compress(model, 0, rows, used)
+            moved = impl.compress(model, 0, others, used)
+            later = impl.compress(model, 0, old[:, c:], usage[:, c:])
+            first = impl.compress(model, 0, old, usage)
             what = f"{settings.compression}, its input moved by c = {c}"
             close(what, later, first[:, 1:], impl.tolerance)
             return (slots != moved).any(dim=-1)
@@ -99,9 +98,8 @@ def test_CMP_3_layers_compress_by_parameters_of_their_own(impl: Implementation, 
 
     before = compressed()
     for k, layer in enumerate(impl.compression_parameters(model)):
-        with torch.no_grad():
-            for parameter in layer:
-                parameter.mul_(1.5)
+        for parameter in layer:
+            parameter.mul_(1.5)
         after = compressed()
         moved = [i for i in range(3) if not torch.equal(before[i], after[i])]
         holds(moved == [k], f"layers whose f_c moves with that of layer {k}", [k], moved)
@@ -159,9 +157,8 @@ def equal_to_loops(impl: Implementation, case: Case, n: int, names: tuple[str, .
     for name, model in each(impl, case, names):
         settings = case.settings._replace(compression=name)
         old, usage = block(impl, settings, n)
-        with torch.no_grad():
-            expected = by_loops(impl, model, settings, old, usage)
-            slots = impl.compress(model, 0, old, usage)
+        expected = by_loops(impl, model, settings, old, usage)
+        slots = impl.compress(model, 0, old, usage)
         close(f"{name} of {list(old.shape)}", slots, expected, impl.tolerance)
 
 

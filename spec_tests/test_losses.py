@@ -75,7 +75,7 @@ def of_compression(impl: Implementation, model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in listed}
 
 
-@check(case=training(), bptt=st.booleans())
+@check(gradients=True, case=training(), bptt=st.booleans())
 def test_LOSS_1_trains_every_f_c_and_no_other_parameter(
     impl: Implementation, case: Case, bptt: bool
 ):
@@ -90,7 +90,7 @@ def test_LOSS_1_trains_every_f_c_and_no_other_parameter(
         holds(got == expected, f"gradient of the compression loss on {name}", expected, got)
 
 
-@check(case=training(), bptt=st.booleans())
+@check(gradients=True, case=training(), bptt=st.booleans())
 def test_LOSS_1_does_not_reach_the_memories(impl: Implementation, case: Case, bptt: bool):
     settings, (T,) = case
     model = impl.build(settings._replace(bptt=bptt and impl.declared.bptt)).train()
@@ -109,7 +109,7 @@ def test_LOSS_1_does_not_reach_the_memories(impl: Implementation, case: Case, bp
         holds(is_zero(gradient), what, "zero or none", "some")
 
 
-@check(case=training(longest=4))
+@check(gradients=True, case=training(longest=4))
 def test_LOSS_2_leaves_the_language_model_loss_alone_in_every_step(
     impl: Implementation, case: Case
 ):
@@ -178,10 +178,10 @@ def language_model_gradients_that_are_missing(
     return missing
 
 
-@check(case=cases((1, 1), shortest=2))
+@check(gradients=True, case=cases((1, 1), shortest=2))
 def test_LOSS_2_its_gradients_are_the_derivatives(impl: Implementation, case: Case):
-    """Of one step without memory, where nothing may be held constant: along a random direction of
-    each parameter the gradient is the quotient of differences."""
+    """Of one step without memory, where nothing may be held constant: along a random direction the
+    gradient is the quotient of differences. First of all parameters at once."""
     if impl.dtype != torch.float64:
         not_claimed("differences need float64")
     settings, (T,) = case
@@ -193,38 +193,53 @@ def test_LOSS_2_its_gradients_are_the_derivatives(impl: Implementation, case: Ca
         logits = impl.step(model, text, impl.start(model, 2)).logits
         return F.cross_entropy(logits.flatten(0, 1), target)
 
-    named = dict(model.named_parameters())
-    found = gradients(loss(), named)
     trained = of_compression(impl, model)
-    for name, parameter in named.items():
-        if name in trained:
-            continue
-        direction = torch.randn_like(parameter)
+    named = {name: p for name, p in model.named_parameters() if name not in trained}
+    found = gradients(loss(), named)
+    directions = {name: torch.randn_like(p) for name, p in named.items()}
+
+    def derivatives(names: list[str]) -> tuple[Tensor, Tensor]:
+        """Along the directions of these parameters: by the gradient, and by differences."""
         gradient = torch.zeros((), dtype=impl.dtype)
-        if found[name] is not None:
-            gradient = (found[name] * direction).sum()
+        for name in names:
+            if found[name] is not None:
+                gradient += (found[name] * directions[name]).sum()
         for size in (1e-6, 1e-8):  # a ReLU that turns within the one does not within the other
-            slope = quotient(loss, parameter, size * direction, size)
+            steps = {named[name]: size * directions[name] for name in names}
+            slope = quotient(loss, steps, size)
             if same(gradient, slope, 1e-6):
                 break
-        what = f"derivative of the language-model loss along a direction of {name}"
-        close(what, gradient, slope, 1e-6)
+        return gradient, slope
+
+    derivative = "derivative of the language-model loss along a direction of"
+    gradient, slope = derivatives(list(named))
+    if same(gradient, slope, 1e-6):
+        close(f"{derivative} all parameters", gradient, slope, 1e-6)
+        return
+    for name in named:
+        gradient, slope = derivatives([name])
+        close(f"{derivative} {name}", gradient, slope, 1e-6)
 
 
 @torch.no_grad()
-def quotient(
-    loss: Callable[[], Tensor], parameter: nn.Parameter, step: Tensor, size: float
-) -> Tensor:
+def quotient(loss: Callable[[], Tensor], steps: dict[nn.Parameter, Tensor], size: float) -> Tensor:
     """The difference of the loss a step above and a step below, over that of their places."""
-    parameter += step
+    for parameter, step in steps.items():
+        parameter += step
     above = loss()
-    parameter -= 2 * step
+    for parameter, step in steps.items():
+        parameter -= 2 * step
     below = loss()
-    parameter += step
+    for parameter, step in steps.items():
+        parameter += step
     return (above - below) / (2 * size)
 
 
-@check(case=training(c_mem_len=3, compression_loss=("attention", "none")), bptt=st.booleans())
+@check(
+    gradients=True,
+    case=training(c_mem_len=3, compression_loss=("attention", "none")),
+    bptt=st.booleans(),
+)
 def test_LOSS_2_reaches_f_c_through_time_if_and_only_if_asked(
     impl: Implementation, case: Case, bptt: bool
 ):
@@ -242,7 +257,7 @@ def test_LOSS_2_reaches_f_c_through_time_if_and_only_if_asked(
         holds(got == expected, what, expected, got)
 
 
-@check(case=training(compression_loss="attention", compression_rate=1))
+@check(gradients=True, case=training(compression_loss="attention", compression_rate=1))
 def test_LOSS_3_is_zero_for_the_identity(impl: Implementation, case: Case):
     settings, (T,) = case
     if "conv" not in impl.declared.compressions:
@@ -264,7 +279,11 @@ def test_LOSS_3_is_zero_for_the_identity(impl: Implementation, case: Case):
     holds(abs(loss) < most, "loss with c = 1 and f_c the identity", 0, loss)
 
 
-@check(case=training(longest=3, n_layers=1, compression_loss="attention"), i=st.integers(0, 99))
+@check(
+    gradients=True,
+    case=training(longest=3, n_layers=1, compression_loss="attention"),
+    i=st.integers(0, 99),
+)
 def test_LOSS_4_depends_on_the_evicted_block_alone(impl: Implementation, case: Case, i: int):
     """One layer: in a higher one the other slots move h, and with it the loss."""
     settings, (T,) = case
@@ -306,7 +325,7 @@ def needed_names(impl: Implementation, settings: Settings) -> list[str]:
     return names
 
 
-@check(case=training(readable=True))
+@check(gradients=True, case=training(readable=True))
 def test_LOSS_5_equals_the_definition_by_loops(impl: Implementation, case: Case):
     """Of a step: the layers' losses by plain loops over what left their memories."""
     settings, (T,) = case
@@ -362,7 +381,7 @@ def declared_otherwise(declared: Declaration) -> Iterator[tuple[Declaration, str
         yield replace(declared, storage="normalised"), "h and the slots are compared raw"
 
 
-@check(case=training())
+@check(gradients=True, case=training())
 def test_LOSS_6_falls_with_a_small_step_of_f_c_against_its_gradient(
     impl: Implementation, case: Case
 ):
@@ -385,7 +404,7 @@ def test_LOSS_6_falls_with_a_small_step_of_f_c_against_its_gradient(
     holds(0.9 < fall < 1.1, "its fall, over that of a straight slope", "0.9 to 1.1", fall)
 
 
-@check(case=cases((3, 6), compression=("most_used", "mean_pool", "max_pool")))
+@check(gradients=True, case=cases((3, 6), compression=("most_used", "mean_pool", "max_pool")))
 def test_LOSS_1_trains_nothing_where_there_is_nothing_to_train(impl: Implementation, case: Case):
     settings, schedule = case
     model = impl.build(settings).train()

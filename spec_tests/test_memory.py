@@ -134,9 +134,8 @@ def test_MEM_3_every_token_is_in_one_slot_or_forgotten(impl: Implementation, cas
     def differs() -> Tensor:
         model = impl.build(settings)
         text = tokens(settings, 1, length)
-        with torch.no_grad():
-            plain = impl.run(model, text.expand(length, length), schedule)
-            other = impl.run(model, changed(text, settings.vocab_size), schedule)
+        plain = impl.run(model, text.expand(length, length), schedule)
+        other = impl.run(model, changed(text, settings.vocab_size), schedule)
         found = []
         for n, (one, two) in enumerate(zip(plain, other, strict=True)):
             carried = simulated[n]
@@ -237,8 +236,7 @@ def test_MEM_5_new_slots_are_the_layers_own_compression_of_what_left(
         close(f"new compressed slots {where}", found, new, impl.tolerance, causes)
 
 
-@check(case=cases(steps=(1, 1), compression=PARAMETRIC, n_layers=3, d_model=24))
-@torch.no_grad()
+@check(case=cases(steps=(1, 1), shortest=3, compression=PARAMETRIC, n_layers=3, d_model=24))
 def test_MEM_5_a_layers_slots_move_with_its_own_f_c(impl: Implementation, case: Case):
     """From one state, with the parameters of one f_c after another changed."""
     settings, (T,) = case
@@ -279,12 +277,11 @@ def test_MEM_6_slots_made_in_a_step_are_first_read_in_the_next(
         state = overflowing(impl, model, settings, T)
         text = tokens(settings, 2, T)
         after = tokens(settings, 2, T)
-        with torch.no_grad():
-            step = impl.step(model, text, state)
-            again = impl.step(other, text, state)
-            close("logits of a step with another f_c", again.logits, step.logits, impl.tolerance)
-            following = impl.step(model, after, step.state).logits
-            moved = impl.step(model, after, again.state).logits
+        step = impl.step(model, text, state)
+        again = impl.step(other, text, state)
+        close("logits of a step with another f_c", again.logits, step.logits, impl.tolerance)
+        following = impl.step(model, after, step.state).logits
+        moved = impl.step(model, after, again.state).logits
         return (moved != following).any().reshape(1)
 
     seen = in_some_draw(torch.ones(1, dtype=torch.bool), differs)
@@ -303,10 +300,9 @@ def with_another_f_c(impl: Implementation, model: nn.Module, case: Case) -> nn.M
     other = impl.twin(model, settings)
     if other is None:
         not_claimed("parameters depend on the compression rate")
-    with torch.no_grad():
-        for layer in impl.compression_parameters(other):
-            for parameter in layer:
-                parameter.mul_(-2)
+    for layer in impl.compression_parameters(other):
+        for parameter in layer:
+            parameter.mul_(-2)
     return other
 
 
@@ -326,21 +322,20 @@ def test_MEM_7_layers_remember_their_own_inputs(impl: Implementation, case: Case
         return [layer.mem for layer in impl.read(step.state)]
 
     lowest = set()
-    with torch.no_grad():
-        before = memories()
-        for name, parameter in model.named_parameters():
-            kept = parameter.clone()
-            parameter.mul_(-1.5)
-            after = memories()
-            parameter.copy_(kept)
-            # A gain that meets zeros may still move the last digit below.
-            clearly = [not same(after[i], before[i], impl.tolerance) for i in range(3)]
-            if any(clearly):
-                first = clearly.index(True)
-                lowest.add(first)
-                above = list(range(first, 3))
-                moved = [i for i in above if not torch.equal(before[i], after[i])]
-                holds(moved == above, f"layers whose memory moves with {name}", above, moved)
+    before = memories()
+    for name, parameter in model.named_parameters():
+        kept = parameter.clone()
+        parameter.mul_(-1.5)
+        after = memories()
+        parameter.copy_(kept)
+        # A gain that meets zeros may still move the last digit below.
+        clearly = [not same(after[i], before[i], impl.tolerance) for i in range(3)]
+        if any(clearly):
+            first = clearly.index(True)
+            lowest.add(first)
+            above = list(range(first, 3))
+            moved = [i for i in above if not torch.equal(before[i], after[i])]
+            holds(moved == above, f"layers whose memory moves with {name}", above, moved)
     if language_model_size(impl, settings) > language_model_size(impl, two_layers):
         what = "lowest layers whose memory moves with a parameter"
         holds(lowest == {0, 1, 2}, what, [0, 1, 2], lowest)
@@ -386,9 +381,8 @@ def test_MEM_7_layers_read_their_own_memories(impl: Implementation, case: Case):
             slots_of_row = getattr(other[i], name)[row]
             slots_of_row += torch.randn_like(slots_of_row)
         start = impl.start(model, len(rows))
-        with torch.no_grad():
-            one = impl.step(model, text, impl.replace(start, plain)).state
-            two = impl.step(model, text, impl.replace(start, other)).state
+        one = impl.step(model, text, impl.replace(start, plain)).state
+        two = impl.step(model, text, impl.replace(start, other)).state
         moved = []
         for before, after in zip(impl.read(one), impl.read(two), strict=True):
             differ = newest(before.mem, T) != newest(after.mem, T)
@@ -415,9 +409,8 @@ def test_MEM_1_MEM_7_the_first_layer_remembers_the_tokens_in_order(
         model = impl.build(settings)
         text = tokens(settings, 1, T)
         start = impl.start(model, T)
-        with torch.no_grad():
-            plain = impl.step(model, text.expand(T, T), start).state
-            other = impl.step(model, changed(text, settings.vocab_size), start).state
+        plain = impl.step(model, text.expand(T, T), start).state
+        other = impl.step(model, changed(text, settings.vocab_size), start).state
         moved = []
         for one, two in zip(impl.read(plain), impl.read(other), strict=True):
             held = one.mem.size(1)
@@ -442,12 +435,12 @@ def test_MEM_1_MEM_7_the_first_layer_remembers_the_tokens_in_order(
             raise
 
 
-@check(case=cases())
+@check(gradients=True, case=cases())
 def test_MEM_8_memories_are_not_changed_nor_carry_a_gradient(impl: Implementation, case: Case):
     unchanged_and_cut_off(impl, case, impl.dtype)
 
 
-@check(case=cases())
+@check(gradients=True, case=cases())
 def test_MEM_8_memories_keep_the_dtype_float32(impl: Implementation, case: Case):
     torch.set_default_dtype(torch.float32)
     try:

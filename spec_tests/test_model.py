@@ -57,12 +57,14 @@ def test_MOD_1_without_memory_it_is_a_causal_transformer(impl: Implementation, c
         close(f"logits of segment {n}, of {schedule}", steps[n].logits, fresh.logits)
 
 
-@check(case=cases())
+@check(gradients=True, case=cases())
 def test_MOD_2_training_and_evaluation_mode_agree(impl: Implementation, case: Case):
+    """With a graph and without."""
     settings, schedule = case
     model = impl.build(settings)
     text = tokens(settings, 2, sum(schedule))
-    evaluated = impl.run(model, text, schedule)
+    with torch.no_grad():
+        evaluated = impl.run(model, text, schedule)
     for mode in ("evaluation", "training"):
         model.train(mode == "training")
         others = impl.run(model, text, schedule)
@@ -77,7 +79,6 @@ def test_MOD_2_training_and_evaluation_mode_agree(impl: Implementation, case: Ca
 
 
 @check(case=cases(dropout=0.5))
-@torch.no_grad()
 def test_MOD_2_evaluation_drops_nothing_out(impl: Implementation, case: Case):
     settings, schedule = case
     model = impl.build(settings)

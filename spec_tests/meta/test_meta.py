@@ -87,8 +87,8 @@ OF_GRADIENTS = "test_LOSS_2_leaves_the_language_model_loss_alone_in_every_step"
 
 @pytest.mark.parametrize(("turns", "fails"), [((1e-6,), False), ((1e-6, 1e-8), True)])
 def test_a_relu_that_turns_within_a_difference_is_no_fault(monkeypatch, turns: tuple, fails: bool):
-    def with_a_turn(loss: Any, parameter: Any, step: Any, size: float) -> Tensor:
-        slope = quotient(loss, parameter, step, size)
+    def with_a_turn(loss: Any, steps: Any, size: float) -> Tensor:
+        slope = quotient(loss, steps, size)
         return slope + 1 if size in turns else slope
 
     quotient = test_losses.quotient
