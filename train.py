@@ -88,10 +88,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of matmuls")
     add("--compile", action="store_true", help="let torch.compile make it faster")
     add("--seed", type=int, default=0, help="of the weights and dropout")
-    add("--steps", type=int, default=1260, help="optimiser steps, of a segment each")
+    add("--steps", type=int, default=1100, help="optimiser steps, of a segment each")
     add("--batch-size", type=int, default=64, help="rows, each a stream of its own")
     add("--segment", type=int, default=16, help="tokens of a row in a segment")
-    add("--lr", type=float, default=3e-3, help="peak rate; thrice it for embedding and logits")
+    add("--lr", type=float, default=3e-3, help="peak rate of most parameters")
     add("--save-every", type=int, default=500, help="steps from checkpoint to checkpoint")
     add("--eval-mem-len", type=int, help="mem_len in evaluation; by default as trained")
     add("--eval-c-mem-len", type=int, help="c_mem_len in evaluation; by default as trained")
@@ -253,19 +253,20 @@ def load(path: Path) -> dict:
 
 
 def learning_rate(args: Namespace, step: int) -> float:
-    """Up in a line, then down by a cosine to zero."""
+    """Up in a line to the peak, then down to zero in another."""
     warmup = min(100, args.steps // 10)
-    if step < warmup:
-        return args.lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / (args.steps - warmup)
-    return args.lr * (0.5 + 0.5 * math.cos(math.pi * progress))
+    up = (step + 1) / (warmup + 1)
+    down = (args.steps - step) / (args.steps - warmup)
+    return args.lr * min(up, down)
 
 
 def make_optimizer(model: CompressiveTransformer) -> torch.optim.Optimizer:
-    """Adam, with a higher rate for embedding and logits."""
+    """Adam, with higher rates for embedding and logits, and for attention's u and v."""
     ends = [*model.embedding.parameters(), *model.logits.parameters()]
-    inside = [*model.layers.parameters(), *model.norm.parameters()]
-    groups = [{"params": ends, "scale": 3.0}, {"params": inside, "scale": 1.0}]
+    biases = [p for name, p in model.named_parameters() if name.endswith("_bias")]
+    others = [p for p in model.parameters() if p not in {*ends, *biases}]
+    groups = [{"params": others, "scale": 1.0}]
+    groups += [{"params": ends, "scale": 3.0}, {"params": biases, "scale": 10.0}]
     return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
 
 
@@ -486,7 +487,8 @@ def draw(out: Path) -> None:
     """Draw run.png from metrics.jsonl."""
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    with open(out / "metrics.jsonl") as file:
+        records = [json.loads(line) for line in file]
     steps = [record["step"] for record in records]
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, compression = figure.subplots(1, 2)

@@ -21,6 +21,8 @@ begun: dict[pytest.Item, Future] = {}
 def pytest_configure(config: pytest.Config) -> None:
     what = "elsewhere: run in another process, with its parameters and no fixture"
     config.addinivalue_line("markers", what)
+    # Processes that tests begin have one thread, too: rounding depends on that.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -167,7 +167,7 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(four):
     ("options", "message"),
     [
         ("--lr 0.1", "--lr cannot be given with --resume: the run has its settings"),
-        ("--steps 1260", "--steps cannot be given with --resume"),  # the default, given
+        ("--steps 1100", "--steps cannot be given with --resume"),  # the default, given
         ("--d-model 32", "--d-model cannot be given with --resume"),
         ("--dtype bfloat16", "--dtype cannot be given with --resume"),
         ("--no-norm-first", "--norm-first cannot be given with --resume"),
