@@ -5,6 +5,7 @@ import contextlib
 import io
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -84,9 +85,15 @@ def test_intervals_are_students():
 
 
 def run(*options: str) -> str:
-    """evidence.py's main in this process, where torch is loaded already: what it prints."""
+    """evidence.py's main in this process, where torch is loaded already, on few rows: what it
+    prints."""
     printed = io.StringIO()
+
+    def make_jobs(*choices, original=evidence.make_jobs) -> list[evidence.Job]:
+        return [replace(job, batch_size=2) for job in original(*choices)]
+
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(evidence, "make_jobs", make_jobs)
         patch.setattr(sys, "argv", [evidence.__file__, *options])
         evidence.main()
     return printed.getvalue()

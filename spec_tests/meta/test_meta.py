@@ -320,7 +320,8 @@ def test_settings_that_cannot_be_followed_leave_out_the_example():
     with profile("few"):
         some = Implementation(Refuses(1, 2), "some")
         check(some)
-        assert "of 1" in some.left_out and "build() gives NotImplemented" in some.left_out
+        said = r"\d+ of \d+ examples: .*build\(\) gives NotImplemented"
+        assert re.match(said, some.left_out)
         none = Implementation(Refuses(), "none")
         with pytest.raises(pytest.skip.Exception, match="NotImplemented"):
             check(none)
