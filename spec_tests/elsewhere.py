@@ -32,7 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     global pool
-    chosen = [item for item in session.items if item.get_closest_marker("elsewhere")]
+    chosen = []
+    for item in session.items:
+        skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))
+        if item.get_closest_marker("elsewhere") and not skipped:
+            chosen.append(item)
     if len(chosen) < 2 or session.config.option.collectonly:
         return  # one alone runs here, where pytest explains more and a debugger can step in
     context = get_context("spawn")  # a fork would not survive what torch has started
