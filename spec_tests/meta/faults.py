@@ -545,6 +545,12 @@ FAULTS = [
     ),
     fault(
         "MOD-2",
+        "other logits without gradients",
+        "logits = self.logits(self.norm(h))",
+        "logits = self.logits(self.norm(h)) * (1 + torch.is_grad_enabled())",
+    ),
+    fault(
+        "MOD-2",
         "no loss in evaluation mode",
         "if need_loss and",
         "if need_loss and self.training and",
