@@ -196,18 +196,12 @@ class RelativeMultiHeadAttention(nn.Module):
         self.output = nn.Linear(D, D, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        mem: Tensor,
-        c_mem: Tensor,
-        positions: Tensor,
-        need_weights: bool = False,
+        self, x: Tensor, past: Tensor, positions: Tensor, need_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from `x [B, T, D]` to `c_mem [B, C, D]`, `mem [B, M, D]`, and x up to the query's
-        position -> `[B, T, D]`, and the weights `[B, H, T, S]` if needed. `positions [S, D]` is the
-        `sinusoid` of the distances S - 1, ..., 0."""
-        slots = [c_mem, mem, x]  # oldest first
-        q, k, v, r = self.project(x, slots, positions)
+        """Attend from `x [B, T, D]` to `past [B, C + M, D]`, compressed memory and memory, and to x
+        up to the query's position -> `[B, T, D]`, and the weights `[B, H, T, S]` if needed.
+        `positions [S, D]` is the `sinusoid` of the distances S - 1, ..., 0."""
+        q, k, v, r = self.project(x, past, positions)
         read, weights = relative_attention(
             q, k, v, r, self.content_bias, self.position_bias, self.dropout
         )
@@ -216,12 +210,13 @@ class RelativeMultiHeadAttention(nn.Module):
             return output, None
         return output, weights.transpose(0, 1)
 
-    def project(self, x: Tensor, slots: list[Tensor], positions: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, past: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys, values and W_R R, as `relative_attention` takes them."""
         q = self.heads(self.query(x)).contiguous()  # else each of its two products copies it
-        # Part by part: in one product of all, the memories' gradient would be computed, too.
-        parts = [self.heads(self.key_value(part)) for part in slots]
-        k, v = torch.cat(parts, dim=-2).chunk(2)
+        # Apart: in one product of both, the past's gradient would be computed, too.
+        kv_past = self.heads(self.key_value(past))
+        kv_x = self.heads(self.key_value(x))
+        k, v = torch.cat([kv_past, kv_x], dim=-2).chunk(2)
         r = self.heads(self.relative_key(positions))
         return q, k, v, r
 
@@ -247,19 +242,18 @@ class FasterAttention(RelativeMultiHeadAttention):
     SCORES_AT_ONCE = 2**21  # 8 MB in float32
 
     def forward(
-        self, x: Tensor, mem: Tensor, c_mem: Tensor, positions: Tensor, need_weights: bool = False
+        self, x: Tensor, past: Tensor, positions: Tensor, need_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         if need_weights:
-            return super().forward(x, mem, c_mem, positions, need_weights)
-        slots = [c_mem, mem, x]
+            return super().forward(x, past, positions, need_weights)
         few = x.size(1) < self.head_dim
         if few and is_plain_linear(self.key_value) and is_plain_linear(self.relative_key):
-            read = self.attend_to_slots(x, slots, positions)
+            read = self.attend_to_slots(x, past, positions)
         else:
-            read = self.attend_in_groups(*self.project(x, slots, positions))
+            read = self.attend_in_groups(*self.project(x, past, positions))
         return self.output(read.movedim(0, 2).flatten(2)), None
 
-    def attend_to_slots(self, x: Tensor, slots: list[Tensor], positions: Tensor) -> Tensor:
+    def attend_to_slots(self, x: Tensor, past: Tensor, positions: Tensor) -> Tensor:
         """What the heads read, `[H, B, T, K]`, by products with the slots themselves. In these, all
         heads of a row are queries of the same slots: `[B, H*T, D]`."""
         B, T, D = x.shape
@@ -278,13 +272,12 @@ class FasterAttention(RelativeMultiHeadAttention):
         by_distance = F.pad(by_distance, (0, 1))
         position = relative_shift(by_distance.view(H, B, T, -1))
         q_slots = (q_content @ w_k).view(H, B, T, D).transpose(0, 1).flatten(1, 2)
-        content_rows = torch.cat([q_slots @ part.mT for part in slots], dim=-1)  # [B, H*T, S]
+        content_rows = torch.cat([q_slots @ past.mT, q_slots @ x.mT], dim=-1)  # [B, H*T, S]
         content = content_rows.view(B, H, T, -1).transpose(0, 1)
         weights = self.dropout(causal_softmax(position + content))
         weights_rows = weights.transpose(0, 1).flatten(1, 2)  # [B, H*T, S]
-        lengths = [part.size(1) for part in slots]
-        pairs = zip(weights_rows.split(lengths, dim=-1), slots, strict=True)
-        read_rows = sum(part_weights @ part for part_weights, part in pairs)  # [B, H*T, D]
+        of_past, of_x = weights_rows.split([past.size(1), T], dim=-1)
+        read_rows = of_past @ past + of_x @ x  # [B, H*T, D]
         read = read_rows.view(B, H, T, D).transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
         return (read @ w_v.mT).view(H, B, T, K)
 
@@ -560,7 +553,8 @@ class CompressiveTransformerLayer(nn.Module):
         if self.config.norm_first:
             x = self.attention_norm(h)
         most_used = isinstance(self.compress, MostUsedCompression)
-        attended, weights = self.attention(x, mem, c_mem, positions, need_weights or most_used)
+        past = torch.cat([c_mem, mem], dim=1)  # oldest first
+        attended, weights = self.attention(x, past, positions, need_weights or most_used)
         if self.config.norm_first:
             h = h + self.dropout(attended)
             h = h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))

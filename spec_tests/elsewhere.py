@@ -26,8 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The rules first, so that there is something to do in the meantime."""
-    items.sort(key=lambda item: not rules_of(item.name))
+    """The rules first, and last what is waited for, so that there is enough to do meanwhile."""
+
+    def key(item: pytest.Item) -> tuple[bool, bool]:
+        return not rules_of(item.name), item.get_closest_marker("elsewhere") is not None
+
+    items.sort(key=key)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

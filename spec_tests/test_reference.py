@@ -389,7 +389,7 @@ def test_attention_weights_drop_out_if_asked(kind: str, queries: int, dropout: d
     attention = getattr(api, kind)(8, 2, **dropout)
     x = torch.randn(2, queries, 8)
     positions = reference.adapter.sinusoid(queries, 8)
-    inputs = x, x[:, :0], x[:, :0], positions
+    inputs = x, x[:, :0], positions
     outputs = [attention(*inputs, need_weights=True) for _ in range(2)]
     assert torch.equal(outputs[0][1], outputs[1][1])  # the weights handed out are whole
     drawn = [attention(*inputs)[0] for _ in range(2)]
@@ -428,14 +428,14 @@ def attentions(d_model: int, n_heads: int, **settings: float) -> tuple[nn.Module
     return plain, faster
 
 
-def results(attention: nn.Module, parts: list[Tensor], **options: bool) -> list[Tensor]:
+def results(attention: nn.Module, x: Tensor, past: Tensor, **options: bool) -> list[Tensor]:
     """An attention's output, from a seed of its own, and its gradients."""
-    S = sum(part.size(1) for part in parts)
-    positions = api.sinusoid(torch.arange(S - 1.0, -1, -1), parts[0].size(2))
+    S = past.size(1) + x.size(1)
+    positions = api.sinusoid(torch.arange(S - 1.0, -1, -1), x.size(2))
     torch.manual_seed(7)
-    output, weights = attention(*parts, positions, **options)
+    output, weights = attention(x, past, positions, **options)
     assert (weights is not None) == bool(options)
-    learned = [*parts, *attention.parameters()]
+    learned = [x, past, *attention.parameters()]
     return [output, *torch.autograd.grad(output.square().sum(), learned)]
 
 
@@ -444,22 +444,22 @@ def close(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("memories", [(0, 0), (0, 3), (4, 0), (2, 5)])
+@pytest.mark.parametrize("slots", [0, 3, 7])
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_faster_attention_is_the_plain_one(
-    dropout: float, batch: int, memories: tuple[int, int], heads_at_once: list[int]
+    dropout: float, batch: int, slots: int, heads_at_once: list[int]
 ):
     """For every number of queries below a head's width of 4, for that, and for more."""
     plain, faster = attentions(16, 4, dropout=dropout)
     for queries in (1, 2, 3, 4, 9):
-        lengths = [queries, *memories]
-        parts = [torch.randn(batch, n, 16, requires_grad=True) for n in lengths]
-        expected = results(plain, parts)
+        x = torch.randn(batch, queries, 16, requires_grad=True)
+        past = torch.randn(batch, slots, 16, requires_grad=True)
+        expected = results(plain, x, past)
         heads_at_once.clear()
-        close(results(faster, parts), expected)
+        close(results(faster, x, past), expected)
         assert heads_at_once == ([] if queries < 4 else [4])  # the shortcut has its own equation
-        close(results(faster, parts, need_weights=True), expected)
+        close(results(faster, x, past, need_weights=True), expected)
         assert heads_at_once[-1] == 4
 
 
@@ -469,11 +469,12 @@ def test_heads_taken_in_groups_are_those_taken_at_once(
     room: int, groups: list[int], batch: int, heads_at_once: list[int]
 ):
     plain, faster = attentions(16, 4)
-    parts = [torch.randn(batch, n, 16, requires_grad=True) for n in (5, 2, 3)]
-    expected = results(plain, parts)
+    x = torch.randn(batch, 5, 16, requires_grad=True)
+    past = torch.randn(batch, 5, 16, requires_grad=True)
+    expected = results(plain, x, past)
     heads_at_once.clear()
     faster.SCORES_AT_ONCE = room * batch * 5 * 10 + 9  # the scores of so many heads, and a rest
-    close(results(faster, parts), expected)
+    close(results(faster, x, past), expected)
     assert heads_at_once == groups
 
 

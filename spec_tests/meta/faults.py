@@ -16,7 +16,7 @@ def fault(rule: str, what: str, *changes: str) -> Fault:
 
 
 MASK = "scores[..., S - T :].masked_fill_(future, -math.inf)"
-READ = "attended, weights = self.attention(x, mem, c_mem, positions, need_weights or most_used)"
+PAST = "past = torch.cat([c_mem, mem], dim=1)"  # what attention reads
 REMEMBER = "self.remember(x, mem, c_mem, weights)"
 OLD = "old = held[:, : n * c]"
 LEAVING = "leaving = n * c"
@@ -62,9 +62,9 @@ FAULTS = [
     fault(
         "ATT-2",
         "memory is cut off where it is full",
-        READ,
+        PAST,
         "full = (c_mem.size(1) == self.config.c_mem_len) / 1.0\n        "
-        + READ.replace("c_mem,", "c_mem * (1 - full),"),
+        + PAST.replace("c_mem,", "c_mem * (1 - full),"),
     ),
     fault(
         "ATT-3", "the shift is off by one", "[..., T - 1 : T - 1 + T * S]", "[..., T : T + T * S]"
@@ -137,8 +137,8 @@ FAULTS = [
     fault(
         "ATT-5",
         "memory is normalised again when it is read",
-        READ,
-        READ.replace("mem, c_mem", "self.attention_norm(mem), self.attention_norm(c_mem)"),
+        PAST,
+        PAST.replace("c_mem, mem", "self.attention_norm(c_mem), self.attention_norm(mem)"),
     ),
     fault(
         "ATT-5",
@@ -179,8 +179,8 @@ FAULTS = [
     fault(
         "MEM-1",
         "memory before compressed memory",
-        READ,
-        READ.replace("mem, c_mem", "c_mem, mem"),
+        PAST,
+        PAST.replace("c_mem, mem", "mem, c_mem"),
     ),
     fault(
         "MEM-2",
@@ -296,9 +296,9 @@ FAULTS = [
     fault(
         "MEM-6",
         "new slots are read at once, where memory is full",
-        READ,
+        PAST,
         "like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0)) if most_used else None\n        early = self.remember(x, mem, c_mem, like).c_mem\n        "
-        + READ.replace("c_mem,", "early if early.shape == c_mem.shape else c_mem,"),
+        + PAST.replace("c_mem,", "early if early.shape == c_mem.shape else c_mem,"),
     ),
     fault("MEM-7", "outputs are stored", REMEMBER, REMEMBER.replace("(x,", "(h,")),
     fault(
@@ -335,17 +335,16 @@ FAULTS = [
     fault(
         "MEM-9",
         "a full memory loses its oldest slot",
-        READ,
-        READ.replace(
-            "x, mem,",
-            "x, torch.cat([mem[:, :1] * (mem.size(1) < self.config.mem_len), mem[:, 1:]], dim=1),",
+        PAST,
+        PAST.replace(
+            "mem]", "mem[:, :1] * (mem.size(1) < self.config.mem_len), mem[:, 1:]]"
         ),
     ),
     fault(
         "MEM-9",
         "memory is not read in segments of one",
-        READ,
-        READ.replace("mem, c_mem", "mem * (x.size(1) > 1), c_mem * (x.size(1) > 1)"),
+        PAST,
+        PAST.replace("c_mem, mem", "c_mem * (x.size(1) > 1), mem * (x.size(1) > 1)"),
     ),
     # ------------------------------------------------------------------- compression functions
     fault(

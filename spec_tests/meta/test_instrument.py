@@ -27,6 +27,7 @@ from ..report import SCHEMA, SpecReport, bluntness
 from ..rules import RULES, SHARPEST_FIRST, VERSION
 from ..summary import VERDICTS, badge, markdown
 from ..support import Case, holds, supported, torch_random
+from .fresh import run_pytest
 from .verdicts import ADAPTERS, COLUMNS, column, table
 
 SUITE = Path(__file__).parents[1]
@@ -102,13 +103,13 @@ def spec(folder: Path, *options: str, suite: str = "spec_tests") -> SimpleNamesp
     """Run the suite there in the quick profile; its exit status, what it said, and its report."""
     file = folder / "report.json"
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", suite, "--spec-profile=quick"]
-    command += ["--spec-report=report.json", "-p", "no:cacheprovider", *options]
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    arguments = ["-W", "ignore", "-p", "no:cacheprovider", suite, "--spec-profile=quick"]
+    arguments += ["--spec-report=report.json", *options]
+    status, out, err = run_pytest(folder, arguments)
     report = None
     if file.exists() and file.stat().st_size > 0:  # empty: what came after it was refused
         report = json.loads(file.read_text())
-    return SimpleNamespace(status=ran.returncode, out=ran.stdout, err=ran.stderr, report=report)
+    return SimpleNamespace(status=status, out=out, err=err, report=report)
 
 
 def verdicts(report: dict) -> dict[str, str]:

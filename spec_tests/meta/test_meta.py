@@ -21,7 +21,7 @@ from ..report import rules_of
 from ..rules import RULES
 from ..support import Broken, check, holds
 from .designs import designs, failures
-from .faults import FAULTS, READ, Fault
+from .faults import FAULTS, PAST, Fault
 from .variants import VARIANTS, TimeFirst
 
 SOURCE = open(reference.compressive.__file__).read()
@@ -134,7 +134,7 @@ def test_a_failure_says_what_surely_is_wrong(what: str, check: str, rule: str, c
 
 SCALES = ("scale = q.size(-1) ** -0.5", "scale = q.size(-1) ** 0.5")
 FEW_SCALES = ("scale = K**-0.5", "scale = K**0.5")
-READS = (READ, READ.replace("mem, c_mem", "mem.flip(1), c_mem.flip(1)"))
+READS = (PAST, PAST.replace("c_mem, mem", "c_mem.flip(1), mem.flip(1)"))
 SWAPPED = (
     ("scale * (q + content_bias[:, None, None])", "scale * (q + position_bias[:, None, None])"),
     (

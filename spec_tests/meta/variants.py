@@ -10,7 +10,7 @@ from ..adapters import reference
 
 SOURCE = Path(reference.compressive.__file__).read_text()
 FOR_SPEED = SOURCE[SOURCE.index("class FasterAttention(") : SOURCE.index("class Compression(")]
-READ = "attended, weights = self.attention(x, mem, c_mem, positions, need_weights or most_used)"
+PAST = "past = torch.cat([c_mem, mem], dim=1)"
 REMEMBER = "self.remember(x, mem, c_mem, weights)"
 COUNT = "n = -(-overflow // c)"
 LEAVING = "leaving = n * c"
@@ -43,8 +43,8 @@ VARIANTS = {
         (
             ("x = h  # what attention reads", "raw = h\n        x = h  # what attention reads"),
             (
-                READ,
-                READ.replace("mem, c_mem", "self.attention_norm(mem), self.attention_norm(c_mem)"),
+                PAST,
+                PAST.replace("c_mem, mem", "self.attention_norm(c_mem), self.attention_norm(mem)"),
             ),
             (REMEMBER, REMEMBER.replace("(x,", "(raw,")),
             (
@@ -88,10 +88,12 @@ VARIANTS = {
                 "self.output = nn.Linear(D, D, bias=False)\n"
                 "        self.other = nn.Linear(D, 2 * D, bias=False)",
             ),
+            (PAST, "self.attention.compressed = c_mem.size(1)\n        " + PAST),
             (
-                "[self.heads(self.key_value(part)) for part in slots]",
-                "[self.other(slots[0]), *(self.key_value(part) for part in slots[1:])]\n"
-                "        parts = [self.heads(part) for part in parts]",
+                "kv_past = self.heads(self.key_value(past))",
+                "c_mem, mem = past.split([self.compressed, past.size(1) - self.compressed], dim=1)\n"
+                "        kv_past = torch.cat([self.other(c_mem), self.key_value(mem)], dim=1)\n"
+                "        kv_past = self.heads(kv_past)",
             ),
             ("if few and is_plain_linear(self.key_value)", "if False"),
         ),
