@@ -139,8 +139,7 @@ def relative_shift(scores: Tensor) -> Tensor:
 
 
 def causal_softmax(scores: Tensor) -> Tensor:
-    """Softmax of `scores [..., T, S]`, overwritten, in which query t does not see the tokens after
-    t."""
+    """Softmax of `scores [..., T, S]`, overwritten: query t does not see the tokens after t."""
     T, S = scores.shape[-2:]
     future = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1)
     with torch.no_grad():  # in place, to save a copy; a hidden score has no gradient anyway
@@ -185,7 +184,6 @@ class RelativeMultiHeadAttention(nn.Module):
         D = d_model
         H = n_heads
         K = D // H
-        self.n_heads = H
         self.head_dim = K
         self.query = nn.Linear(D, D, bias=False)
         self.key_value = nn.Linear(D, 2 * D, bias=False)
@@ -254,36 +252,32 @@ class FasterAttention(RelativeMultiHeadAttention):
         return self.output(read.movedim(0, 2).flatten(2)), None
 
     def attend_to_slots(self, x: Tensor, past: Tensor, positions: Tensor) -> Tensor:
-        """What the heads read, `[H, B, T, K]`, by products with the slots themselves. In these, all
-        heads of a row are queries of the same slots: `[B, H*T, D]`."""
-        B, T, D = x.shape
-        H = self.n_heads
+        """What the heads read, `[H, B, T, K]`, by products with the slots themselves."""
+        T = x.size(1)
         K = self.head_dim
-        w_k, w_v = self.key_value.weight.unflatten(0, (2, H, K))
-        w_r = self.relative_key.weight.unflatten(0, (H, K))
-        scale = K**-0.5
-        q = self.heads(self.query(x)).flatten(1, 2)  # [H, B*T, K]
-        q_content = scale * (q + self.content_bias[:, None])
-        q_position = scale * (q + self.position_bias[:, None])
-        if B * T < K:  # the cheaper order, with few queries
-            by_distance = q_position @ w_r @ positions.mT
+        w_k, w_v = self.key_value.weight.unflatten(0, (2, -1, K))  # [H, K, D] each
+        w_r = self.relative_key.weight.unflatten(0, (-1, K))
+        q = self.heads(self.query(x))
+        q_content = K**-0.5 * (q + self.content_bias[:, None, None])
+        q_position = K**-0.5 * (q + self.position_bias[:, None, None])
+        if x.size(0) * T < K:  # the cheaper order, with few queries
+            by_distance = torch.einsum("hbtk,hkd->hbtd", q_position, w_r) @ positions.mT
         else:
-            by_distance = q_position @ (w_r @ positions.mT)
-        by_distance = F.pad(by_distance, (0, 1))
-        position = relative_shift(by_distance.view(H, B, T, -1))
-        q_slots = (q_content @ w_k).view(H, B, T, D).transpose(0, 1).flatten(1, 2)
-        content_rows = torch.cat([q_slots @ past.mT, q_slots @ x.mT], dim=-1)  # [B, H*T, S]
-        content = content_rows.view(B, H, T, -1).transpose(0, 1)
-        weights = self.dropout(causal_softmax(position + content))
-        weights_rows = weights.transpose(0, 1).flatten(1, 2)  # [B, H*T, S]
-        of_past, of_x = weights_rows.split([past.size(1), T], dim=-1)
-        read_rows = of_past @ past + of_x @ x  # [B, H*T, D]
-        read = read_rows.view(B, H, T, D).transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
-        return (read @ w_v.mT).view(H, B, T, K)
+            by_distance = torch.einsum("hbtk,hks->hbts", q_position, w_r @ positions.mT)
+        position = relative_shift(F.pad(by_distance, (0, 1)))
+        q_slots = torch.einsum("hbtk,hkd->hbtd", q_content, w_k)  # (q + u) W_k
+        content_past = torch.einsum("hbtd,bsd->hbts", q_slots, past)
+        content_x = torch.einsum("hbtd,bsd->hbts", q_slots, x)
+        content = torch.cat([content_past, content_x], dim=-1)
+        weights = self.dropout(causal_softmax(content + position))
+        of_past, of_x = weights.split([past.size(1), T], dim=-1)
+        read_past = torch.einsum("hbts,bsd->hbtd", of_past, past)
+        read_x = torch.einsum("hbts,bsd->hbtd", of_x, x)
+        return torch.einsum("hbtd,hkd->hbtk", read_past + read_x, w_v)
 
     def attend_in_groups(self, q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
         """What the heads read, `[H, B, T, K]`, some heads at a time."""
-        group = self.n_heads
+        group = q.size(0)
         if q.device.type == "cpu":
             scores_of_a_head = q.size(1) * q.size(2) * k.size(2)
             group = max(1, self.SCORES_AT_ONCE // scores_of_a_head)
@@ -430,12 +424,14 @@ def update_memory(
         mem  c d e f   c_mem  (ab)   h  g h i
           -> 7 held, 3 too many, n = 2, so c d e f leave:  mem  g h i   c_mem  (ab) (cd) (ef)
 
-    The arguments are not changed and nothing is detached. Memories keep their dtype, where autocast
-    gives what is new another, and own their storage: a view would keep alive all that left.
+    The arguments are not changed. Memories keep their dtype, where autocast gives what is new
+    another, and own their storage: a view would keep alive all that left.
     """
     c = config.compression_rate
     # The paper evicts before h joins: the same slots leave.
     held = torch.cat([mem, h.to(mem.dtype)], dim=1)  # [B, M + T, D]
+    if not config.bptt:  # no gradient goes to earlier steps, nor from the loss of f_c into h
+        held = held.detach()
     overflow = max(0, held.size(1) - config.mem_len)
     if config.c_mem_len == 0:
         n = 0
@@ -450,6 +446,8 @@ def update_memory(
         c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)
     next_mem = held[:, leaving:].clone()  # line 10
     next_c_mem = c_mem[:, max(0, c_mem.size(1) - config.c_mem_len) :].clone()  # line 11
+    if not config.bptt:  # nor to f_c through its slots, which the next step reads
+        next_c_mem = next_c_mem.detach()
     return MemoryUpdate(next_mem, next_c_mem, old, compressed)
 
 
@@ -461,8 +459,7 @@ def attention_reconstruction_loss(
 ) -> Tensor:
     """Algorithm 2: how far the attention of `h [B, T, D]` over the slots `compressed [B, n, D]` is
     from that over the memories `old [B, c*n, D]` that they stand for, before the output
-    projection, as a mean square `[]`. All but `compressed` is constant.
-    """
+    projection, as a mean square `[]`. All but `compressed` is constant."""
 
     def attend(q: Tensor, kv: Tensor) -> Tensor:  # line 6: by content alone, no mask, no dropout
         k, v = attention.heads(kv).chunk(2)
@@ -492,9 +489,7 @@ class Decompression(nn.Module):
         return self.conv(compressed).unflatten(-1, (-1, self.d_model)).flatten(1, 2)
 
 
-def autoencoding_loss(
-    decompress: Callable[[Tensor], Tensor], old: Tensor, compressed: Tensor
-) -> Tensor:
+def autoencoding_loss(decompress: nn.Module, old: Tensor, compressed: Tensor) -> Tensor:
     """How far the memories read back from their compressed slots are from what they were, as a mean
     square: `old [B, c*n, D]`, `compressed [B, n, D] -> []`, n >= 1. `old` is held constant."""
     return F.mse_loss(decompress(compressed), old.detach())
@@ -561,27 +556,15 @@ class CompressiveTransformerLayer(nn.Module):
         else:  # lines 7 and 12
             h = self.attention_norm(h + self.dropout(attended))
             h = self.feed_forward_norm(h + self.dropout(self.feed_forward(h)))
-        update = self.remember(x, mem, c_mem, weights)
+        compress = self.compress
+        if most_used:
+            usage = compress.usage(weights, mem.size(1) + x.size(1))
+            compress = partial(compress, usage=usage)
+        update = update_memory(mem, c_mem, x, compress, self.config)  # lines 8 to 11
         loss = x.new_zeros(())
         if need_loss and self.loss_kind != "none" and update.old.size(1) > 0:
             loss = self.compression_loss(x, update)
         return LayerOutput(h, update.mem, update.c_mem, loss, weights if need_weights else None)
-
-    def remember(
-        self, x: Tensor, mem: Tensor, c_mem: Tensor, attention_weights: Tensor | None
-    ) -> MemoryUpdate:
-        """Lines 8 to 11: the memories of the next step, and what became of those that left."""
-        compress = self.compress
-        if isinstance(compress, MostUsedCompression):
-            usage = compress.usage(attention_weights, mem.size(1) + x.size(1))
-            compress = partial(compress, usage=usage)
-        if not self.config.bptt:  # no gradient goes to earlier steps, nor from the loss into x
-            x = x.detach()
-            mem = mem.detach()
-        update = update_memory(mem, c_mem, x, compress, self.config)
-        if not self.config.bptt:  # nor to f_c through its slots, which the next step reads
-            update = update._replace(c_mem=update.c_mem.detach())
-        return update
 
     def compression_loss(self, x: Tensor, update: MemoryUpdate) -> Tensor:
         """Of what left memory. It trains f_c (and g) and nothing else."""
@@ -645,23 +628,19 @@ class CompressiveTransformer(nn.Module):
         need_weights: bool = False,
     ) -> Output:
         """One segment: `tokens [B, T]` (int64 or int32) and the memory that the segment before
-        returned (None: empty).
-
-        T may differ from call to call. A loss that is not needed is zero, and costs nothing. Raises
-        TypeError or ValueError for what does not fit. (Tokens out of range are found by the
-        embedding: on an accelerator, that stops the program.)
-        """
+        returned (None: empty). T may differ from call to call. A loss that is not needed is zero,
+        and costs nothing. Raises TypeError or ValueError for what does not fit. (Tokens out of
+        range are found by the embedding: on an accelerator, that stops the program.)"""
         check_input(self, tokens, memory)
         if memory is None:
             memory = self.initial_memory(tokens.size(0))
         mem, c_mem = memory
         try:
-            embedded = self.embedding(tokens)
+            h = self.dropout(self.embedding(tokens))
         except IndexError:
             V = self.config.vocab_size
             wrong = tokens[(tokens < 0) | (tokens >= V)][0].item()
             raise ValueError(f"tokens must lie in [0, {V}), got {wrong}") from None
-        h = self.dropout(embedded)
         S = c_mem[0].size(1) + mem[0].size(1) + tokens.size(1)
         dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 cannot count to 257
         distance = torch.arange(S - 1, -1, -1, dtype=dtype, device=h.device)

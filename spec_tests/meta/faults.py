@@ -17,7 +17,7 @@ def fault(rule: str, what: str, *changes: str) -> Fault:
 
 MASK = "scores[..., S - T :].masked_fill_(future, -math.inf)"
 PAST = "past = torch.cat([c_mem, mem], dim=1)"  # what attention reads
-REMEMBER = "self.remember(x, mem, c_mem, weights)"
+REMEMBER = "update_memory(mem, c_mem, x, compress, self.config)"
 OLD = "old = held[:, : n * c]"
 LEAVING = "leaving = n * c"
 STAYS = "held[:, leaving:]"
@@ -25,9 +25,9 @@ JOIN = "c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)"
 CUT = "c_mem[:, max(0, c_mem.size(1) - config.c_mem_len) :]"
 COUNT = "n = -(-overflow // c)"
 OVERFLOW = "overflow = max(0, held.size(1) - config.mem_len)"
-EMBED = "h = self.dropout(embedded)"
-DETACH = "            x = x.detach()\n            mem = mem.detach()\n"
-DETACH_NEW = "update = update._replace(c_mem=update.c_mem.detach())"
+EMBEDDED = "        S = c_mem[0].size(1)"  # the line after the embedding
+DETACH = "held = held.detach()"
+DETACH_NEW = "next_c_mem = next_c_mem.detach()"
 RETURN = "return LayerOutput(h, update.mem, "
 MEMS = "mem = tuple(output.mem for output in outputs)"
 TURN = "for layer, m, cm in zip(self.layers, mem, c_mem, strict=True):"
@@ -96,14 +96,14 @@ FAULTS = [
         "no content bias",
         "(q + content_bias[:, None, None])",
         "(q + 0 * content_bias[:, None, None])",
-        "(q + self.content_bias[:, None])",
-        "(q + 0 * self.content_bias[:, None])",
+        "(q + self.content_bias[:, None, None])",
+        "(q + 0 * self.content_bias[:, None, None])",
     ),
     fault(
         "ATT-3",
         "no position bias for few queries",
-        "(q + self.position_bias[:, None])",
-        "(q + 0 * self.position_bias[:, None])",
+        "(q + self.position_bias[:, None, None])",
+        "(q + 0 * self.position_bias[:, None, None])",
     ),
     fault(
         "ATT-3",
@@ -116,23 +116,23 @@ FAULTS = [
         "a bias is not scaled",
         "scale * (q + content_bias[:, None, None])",
         "scale * q + content_bias[:, None, None]",
-        "scale * (q + self.content_bias[:, None])",
-        "scale * q + self.content_bias[:, None]",
+        "K**-0.5 * (q + self.content_bias[:, None, None])",
+        "K**-0.5 * q + self.content_bias[:, None, None]",
     ),
     fault(
         "ATT-3",
         "scaled by the whole width",
         "scale = q.size(-1) ** -0.5",
         "scale = (q.size(0) * q.size(-1)) ** -0.5",
-        "scale = K**-0.5",
-        "scale = D**-0.5",
+        "K**-0.5 *",
+        "x.size(2) ** -0.5 *",
     ),
     fault(
         "ATT-4",
         "positions grow with the stream",
-        EMBED,
-        "self.fed = getattr(self, 'fed', 0) + tokens.size(1)\n        "
-        "h = self.dropout(self.embedding(tokens)) + 0.01 * self.fed",
+        EMBEDDED,
+        "        self.fed = getattr(self, 'fed', 0) + tokens.size(1)\n"
+        "        h = h + 0.01 * self.fed\n" + EMBEDDED,
     ),
     fault(
         "ATT-5",
@@ -144,11 +144,16 @@ FAULTS = [
         "ATT-5",
         "memory keeps what is not normalised",
         REMEMBER,
-        REMEMBER.replace("(x,", "(raw,"),
+        REMEMBER.replace(" x,", " raw,"),
         "x = h  # what attention reads",
         "raw = h\n        x = h  # what attention reads",
     ),
-    fault("ATT-6", "a mean over the rows", EMBED, f"{EMBED}\n        h = h + 0.01 * h.mean(dim=0)"),
+    fault(
+        "ATT-6",
+        "a mean over the rows",
+        EMBEDDED,
+        "        h = h + 0.01 * h.mean(dim=0)\n" + EMBEDDED,
+    ),
     fault(
         "ATT-6",
         "rows and heads mixed up",
@@ -297,10 +302,10 @@ FAULTS = [
         "MEM-6",
         "new slots are read at once, where memory is full",
         PAST,
-        "like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0)) if most_used else None\n        early = self.remember(x, mem, c_mem, like).c_mem\n        "
+        "compress = self.compress\n        if most_used:\n            like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0))\n            compress = partial(compress, usage=compress.usage(like, mem.size(1) + x.size(1)))\n        early = update_memory(mem, c_mem, x, compress, self.config).c_mem\n        "
         + PAST.replace("c_mem,", "early if early.shape == c_mem.shape else c_mem,"),
     ),
-    fault("MEM-7", "outputs are stored", REMEMBER, REMEMBER.replace("(x,", "(h,")),
+    fault("MEM-7", "outputs are stored", REMEMBER, REMEMBER.replace(" x,", " h,")),
     fault(
         "MEM-7",
         "all layers read the first one's memory",
@@ -321,7 +326,7 @@ FAULTS = [
         RETURN,
         "mem.data.mul_(0.5)\n        " + RETURN,
     ),
-    fault("MEM-8", "no detach of memory", DETACH, "            pass\n"),
+    fault("MEM-8", "no detach of memory", DETACH, "pass"),
     fault("MEM-8", "no detach of compressed memory", DETACH_NEW, "pass"),
     fault(
         "MEM-8", "memory in float64", RETURN, RETURN.replace("update.mem", "update.mem.double()")
@@ -451,13 +456,13 @@ FAULTS = [
     fault(
         "LOSS-2",
         "back-propagation through time unasked",
-        "if not self.config.bptt:",
+        "if not config.bptt:",
         "if False:",
     ),
     fault(
         "LOSS-2",
         "back-propagation through time never",
-        "if not self.config.bptt:  # nor",
+        "if not config.bptt:  # nor",
         "if True:  # nor",
     ),
     fault(
@@ -471,8 +476,8 @@ FAULTS = [
         "no gradient through the values",
         "return dropout(weights) @ v, weights",
         "return dropout(weights) @ v.detach(), weights",
-        "@ w_v.mT",
-        "@ w_v.detach().mT",
+        "read_past + read_x, w_v)",
+        "read_past + read_x, w_v.detach())",
     ),
     fault(
         "LOSS-3",
@@ -557,22 +562,23 @@ FAULTS = [
     fault(
         "MOD-3",
         "the model keeps state",
-        EMBED,
-        f"self.turn = getattr(self, 'turn', 0) + 1\n        {EMBED} * (1 + (self.turn > 3))",
+        EMBEDDED,
+        "        self.turn = getattr(self, 'turn', 0) + 1\n"
+        "        h = h * (1 + (self.turn > 3))\n" + EMBEDDED,
     ),
     fault(
         "MOD-4",
         "a segment of one token never enters memory",
         REMEMBER,
-        REMEMBER.replace("(x,", "(x[:, : x.size(1) * (x.size(1) > 1)],"),
+        REMEMBER.replace(" x,", " x[:, : x.size(1) * (x.size(1) > 1)],"),
     ),
     fault(
         "MOD-4",
         "the first length is kept",
         "mem[0].size(1) + tokens.size(1)\n",
         "mem[0].size(1) + self.length\n",
-        EMBED,
-        f"{EMBED}\n        self.length = getattr(self, 'length', tokens.size(1))",
+        EMBEDDED,
+        "        self.length = getattr(self, 'length', tokens.size(1))\n" + EMBEDDED,
     ),
     fault(
         "MOD-5",

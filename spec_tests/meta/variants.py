@@ -11,7 +11,7 @@ from ..adapters import reference
 SOURCE = Path(reference.compressive.__file__).read_text()
 FOR_SPEED = SOURCE[SOURCE.index("class FasterAttention(") : SOURCE.index("class Compression(")]
 PAST = "past = torch.cat([c_mem, mem], dim=1)"
-REMEMBER = "self.remember(x, mem, c_mem, weights)"
+REMEMBER = "update_memory(mem, c_mem, x, compress, self.config)"
 COUNT = "n = -(-overflow // c)"
 LEAVING = "leaving = n * c"
 OLD = "old = held[:, : n * c]"
@@ -46,7 +46,7 @@ VARIANTS = {
                 PAST,
                 PAST.replace("c_mem, mem", "self.attention_norm(c_mem), self.attention_norm(mem)"),
             ),
-            (REMEMBER, REMEMBER.replace("(x,", "(raw,")),
+            (REMEMBER, REMEMBER.replace(" x,", " raw,")),
             (
                 LOSS,
                 "weight = self.attention_norm.weight.detach()\n"
