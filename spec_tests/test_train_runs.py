@@ -167,10 +167,10 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(four):
     ("options", "message"),
     [
         ("--lr 0.1", "--lr cannot be given with --resume: the run has its settings"),
-        ("--steps 1100", "--steps cannot be given with --resume"),  # the default, given
+        ("--steps 1240", "--steps cannot be given with --resume"),  # the default, given
         ("--d-model 32", "--d-model cannot be given with --resume"),
         ("--dtype bfloat16", "--dtype cannot be given with --resume"),
-        ("--no-norm-first", "--norm-first cannot be given with --resume"),
+        ("--norm-first", "--norm-first cannot be given with --resume"),
         ("--out elsewhere", "--out cannot be given with --resume"),
         ("--data other", "--data other is another text"),
         ("--eval-only --eval-mem-len 0", "eval_mem_len must be at least"),
@@ -392,7 +392,7 @@ def test_evaluation_takes_the_lengths_of_memory_that_are_asked_for(four):
         config = {**state["config"], "mem_len": mem_len, "c_mem_len": c_mem_len}
         model = trainer.CompressiveTransformer(trainer.Config(**config))
         model.load_state_dict(state["model"])
-        assert test_train.held_out_bpc(model, segment=8) == pytest.approx(found[-1], abs=1e-4)
+        assert test_train.held_out_bpc(model, segment=64) == pytest.approx(found[-1], abs=1e-4)
     assert len(set(found)) == 4
 
 

@@ -341,9 +341,7 @@ FAULTS = [
         "MEM-9",
         "a full memory loses its oldest slot",
         PAST,
-        PAST.replace(
-            "mem]", "mem[:, :1] * (mem.size(1) < self.config.mem_len), mem[:, 1:]]"
-        ),
+        PAST.replace("mem]", "mem[:, :1] * (mem.size(1) < self.config.mem_len), mem[:, 1:]]"),
     ),
     fault(
         "MEM-9",
