@@ -253,19 +253,21 @@ class FasterAttention(RelativeMultiHeadAttention):
 
     def attend_to_slots(self, x: Tensor, past: Tensor, positions: Tensor) -> Tensor:
         """What the heads read, `[H, B, T, K]`, by products with the slots themselves."""
-        T = x.size(1)
+        B, T, _ = x.shape
         K = self.head_dim
+        scale = K**-0.5
         w_k, w_v = self.key_value.weight.unflatten(0, (2, -1, K))  # [H, K, D] each
         w_r = self.relative_key.weight.unflatten(0, (-1, K))
         q = self.heads(self.query(x))
-        q_content = K**-0.5 * (q + self.content_bias[:, None, None])
-        q_position = K**-0.5 * (q + self.position_bias[:, None, None])
-        if x.size(0) * T < K:  # the cheaper order, with few queries
+        q_content = scale * (q + self.content_bias[:, None, None])
+        q_position = scale * (q + self.position_bias[:, None, None])
+        if B * T < K:  # the cheaper order, with few queries
             by_distance = torch.einsum("hbtk,hkd->hbtd", q_position, w_r) @ positions.mT
         else:
             by_distance = torch.einsum("hbtk,hks->hbts", q_position, w_r @ positions.mT)
         position = relative_shift(F.pad(by_distance, (0, 1)))
         q_slots = torch.einsum("hbtk,hkd->hbtd", q_content, w_k)  # (q + u) W_k
+        # Past and segment apart, as in project.
         content_past = torch.einsum("hbtd,bsd->hbts", q_slots, past)
         content_x = torch.einsum("hbtd,bsd->hbts", q_slots, x)
         content = torch.cat([content_past, content_x], dim=-1)
@@ -424,8 +426,9 @@ def update_memory(
         mem  c d e f   c_mem  (ab)   h  g h i
           -> 7 held, 3 too many, n = 2, so c d e f leave:  mem  g h i   c_mem  (ab) (cd) (ef)
 
-    The arguments are not changed. Memories keep their dtype, where autocast gives what is new
-    another, and own their storage: a view would keep alive all that left.
+    Unless `config.bptt`, no gradient passes to h or through the memories. The arguments are not
+    changed. Memories keep their dtype, where autocast gives what is new another, and own their
+    storage: a view would keep alive all that left.
     """
     c = config.compression_rate
     # The paper evicts before h joins: the same slots leave.
@@ -446,7 +449,7 @@ def update_memory(
         c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)
     next_mem = held[:, leaving:].clone()  # line 10
     next_c_mem = c_mem[:, max(0, c_mem.size(1) - config.c_mem_len) :].clone()  # line 11
-    if not config.bptt:  # nor to f_c through its slots, which the next step reads
+    if not config.bptt:  # nor from later steps to f_c, through the slots that they read
         next_c_mem = next_c_mem.detach()
     return MemoryUpdate(next_mem, next_c_mem, old, compressed)
 
@@ -636,11 +639,12 @@ class CompressiveTransformer(nn.Module):
             memory = self.initial_memory(tokens.size(0))
         mem, c_mem = memory
         try:
-            h = self.dropout(self.embedding(tokens))
+            h = self.embedding(tokens)
         except IndexError:
             V = self.config.vocab_size
             wrong = tokens[(tokens < 0) | (tokens >= V)][0].item()
             raise ValueError(f"tokens must lie in [0, {V}), got {wrong}") from None
+        h = self.dropout(h)
         S = c_mem[0].size(1) + mem[0].size(1) + tokens.size(1)
         dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 cannot count to 257
         distance = torch.arange(S - 1, -1, -1, dtype=dtype, device=h.device)

@@ -1,5 +1,5 @@
-"""Tests marked `elsewhere` begin all at once, in other processes, and are waited for in their turn;
-this process tests the rules in the meantime."""
+"""Tests marked `elsewhere` begin all at once, in other processes, and are waited for at the end.
+Meanwhile this process runs all others, the rules first."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The rules first, and last what is waited for, so that there is enough to do meanwhile."""
+    """The rules first, and last what is waited for."""
 
     def key(item: pytest.Item) -> tuple[bool, bool]:
         return not rules_of(item.name), item.get_closest_marker("elsewhere") is not None

@@ -25,7 +25,7 @@ JOIN = "c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)"
 CUT = "c_mem[:, max(0, c_mem.size(1) - config.c_mem_len) :]"
 COUNT = "n = -(-overflow // c)"
 OVERFLOW = "overflow = max(0, held.size(1) - config.mem_len)"
-EMBEDDED = "        S = c_mem[0].size(1)"  # the line after the embedding
+AFTER_EMBEDDING = "        S = c_mem[0].size(1)"
 DETACH = "held = held.detach()"
 DETACH_NEW = "next_c_mem = next_c_mem.detach()"
 RETURN = "return LayerOutput(h, update.mem, "
@@ -65,6 +65,12 @@ FAULTS = [
         PAST,
         "full = (c_mem.size(1) == self.config.c_mem_len) / 1.0\n        "
         + PAST.replace("c_mem,", "c_mem * (1 - full),"),
+    ),
+    fault(
+        "ATT-3",
+        "few queries do not read what is remembered",
+        "read_past + read_x",
+        "0 * read_past + read_x",
     ),
     fault(
         "ATT-3", "the shift is off by one", "[..., T - 1 : T - 1 + T * S]", "[..., T : T + T * S]"
@@ -116,23 +122,23 @@ FAULTS = [
         "a bias is not scaled",
         "scale * (q + content_bias[:, None, None])",
         "scale * q + content_bias[:, None, None]",
-        "K**-0.5 * (q + self.content_bias[:, None, None])",
-        "K**-0.5 * q + self.content_bias[:, None, None]",
+        "scale * (q + self.content_bias[:, None, None])",
+        "scale * q + self.content_bias[:, None, None]",
     ),
     fault(
         "ATT-3",
         "scaled by the whole width",
         "scale = q.size(-1) ** -0.5",
         "scale = (q.size(0) * q.size(-1)) ** -0.5",
-        "K**-0.5 *",
-        "x.size(2) ** -0.5 *",
+        "scale = K**-0.5",
+        "scale = x.size(2) ** -0.5",
     ),
     fault(
         "ATT-4",
         "positions grow with the stream",
-        EMBEDDED,
+        AFTER_EMBEDDING,
         "        self.fed = getattr(self, 'fed', 0) + tokens.size(1)\n"
-        "        h = h + 0.01 * self.fed\n" + EMBEDDED,
+        "        h = h + 0.01 * self.fed\n" + AFTER_EMBEDDING,
     ),
     fault(
         "ATT-5",
@@ -151,8 +157,8 @@ FAULTS = [
     fault(
         "ATT-6",
         "a mean over the rows",
-        EMBEDDED,
-        "        h = h + 0.01 * h.mean(dim=0)\n" + EMBEDDED,
+        AFTER_EMBEDDING,
+        "        h = h + 0.01 * h.mean(dim=0)\n" + AFTER_EMBEDDING,
     ),
     fault(
         "ATT-6",
@@ -560,9 +566,9 @@ FAULTS = [
     fault(
         "MOD-3",
         "the model keeps state",
-        EMBEDDED,
+        AFTER_EMBEDDING,
         "        self.turn = getattr(self, 'turn', 0) + 1\n"
-        "        h = h * (1 + (self.turn > 3))\n" + EMBEDDED,
+        "        h = h * (1 + (self.turn > 3))\n" + AFTER_EMBEDDING,
     ),
     fault(
         "MOD-4",
@@ -575,8 +581,8 @@ FAULTS = [
         "the first length is kept",
         "mem[0].size(1) + tokens.size(1)\n",
         "mem[0].size(1) + self.length\n",
-        EMBEDDED,
-        "        self.length = getattr(self, 'length', tokens.size(1))\n" + EMBEDDED,
+        AFTER_EMBEDDING,
+        "        self.length = getattr(self, 'length', tokens.size(1))\n" + AFTER_EMBEDDING,
     ),
     fault(
         "MOD-5",

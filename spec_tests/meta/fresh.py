@@ -1,23 +1,34 @@
-"""The suite as in a process of its own, in a fork of one that has torch loaded, and nothing of this
-project: a new one takes seconds for that."""
+"""The suite run as its users do, in a folder of theirs. Where the system forks well, in a fork of a
+process that has loaded torch, and nothing of this project: a new one takes seconds for that. (Its
+environment is that of the first run.)"""
 
 import multiprocessing
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["torch", "hypothesis", "pytest"])
+FORKS = sys.platform == "linux"
 
 
-def run_pytest(folder: Path, arguments: list[str]) -> tuple[int, str, str]:
+def run_pytest(folder: Path, arguments: list[str], fork: bool = FORKS) -> tuple[int, str, str]:
     """`python -m pytest` in the folder: its exit status, and what it printed."""
+    if not fork:
+        command = [sys.executable, "-m", "pytest", *arguments]
+        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        return ran.returncode, ran.stdout, ran.stderr
+    printed = folder / "out.txt", folder / "err.txt"
+    for file in printed:
+        file.write_text("")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch", "hypothesis", "pytest"])
     process = server.Process(target=pytest_main, args=(folder, arguments))
     process.start()
     process.join()
-    return process.exitcode, (folder / "out.txt").read_text(), (folder / "err.txt").read_text()
+    out, err = (file.read_text() for file in printed)
+    return process.exitcode, out, err
 
 
 def pytest_main(folder: Path, arguments: list[str]) -> None:
@@ -28,7 +39,7 @@ def pytest_main(folder: Path, arguments: list[str]) -> None:
     os.dup2(sys.stderr.fileno(), 2)
     project = os.path.realpath(Path(__file__).parents[2])
     others = [place for place in sys.path if os.path.realpath(place) != project]
-    sys.path = [str(folder), *others]
+    sys.path = [os.getcwd(), *others]
     for name in list(sys.modules):
         if name.split(".")[0] == "spec_tests":  # this file, that is
             del sys.modules[name]

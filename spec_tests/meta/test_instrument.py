@@ -27,7 +27,7 @@ from ..report import SCHEMA, SpecReport, bluntness
 from ..rules import RULES, SHARPEST_FIRST, VERSION
 from ..summary import VERDICTS, badge, markdown
 from ..support import Case, holds, supported, torch_random
-from .fresh import run_pytest
+from .fresh import FORKS, run_pytest
 from .verdicts import ADAPTERS, COLUMNS, column, table
 
 SUITE = Path(__file__).parents[1]
@@ -99,13 +99,15 @@ def change(folder: Path, old: str, new: str) -> None:
     parts.write_text(right.replace(old, new))
 
 
-def spec(folder: Path, *options: str, suite: str = "spec_tests") -> SimpleNamespace:
+def spec(
+    folder: Path, *options: str, suite: str = "spec_tests", fork: bool = FORKS
+) -> SimpleNamespace:
     """Run the suite there in the quick profile; its exit status, what it said, and its report."""
     file = folder / "report.json"
     file.unlink(missing_ok=True)
     arguments = ["-W", "ignore", "-p", "no:cacheprovider", suite, "--spec-profile=quick"]
     arguments += ["--spec-report=report.json", *options]
-    status, out, err = run_pytest(folder, arguments)
+    status, out, err = run_pytest(folder, arguments, fork)
     report = None
     if file.exists() and file.stat().st_size > 0:  # empty: what came after it was refused
         report = json.loads(file.read_text())
@@ -127,7 +129,7 @@ def variant(folder: Path, name: str, **declares: object) -> str:
 @pytest.mark.elsewhere
 def test_the_adapter_of_the_readme_works_at_the_first_attempt():
     with users_folder() as folder:
-        ran = spec(folder, "--impl=my_adapter.py")
+        ran = spec(folder, "--impl=my_adapter.py", fork=False)
     assert ran.status == 0, ran.out
     found = verdicts(ran.report)
     assert found.keys() == RULES.keys()

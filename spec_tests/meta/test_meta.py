@@ -133,7 +133,7 @@ def test_a_failure_says_what_surely_is_wrong(what: str, check: str, rule: str, c
 
 
 SCALES = ("scale = q.size(-1) ** -0.5", "scale = q.size(-1) ** 0.5")
-FEW_SCALES = ("K**-0.5 *", "K**0.5 *")
+FEW_SCALES = ("scale = K**-0.5", "scale = K**0.5")
 READS = (PAST, PAST.replace("c_mem, mem", "c_mem.flip(1), mem.flip(1)"))
 SWAPPED = (
     ("scale * (q + content_bias[:, None, None])", "scale * (q + position_bias[:, None, None])"),
@@ -142,12 +142,12 @@ SWAPPED = (
         "q_position = scale * (q + content_bias[:, None, None])",
     ),
     (
-        "q_content = K**-0.5 * (q + self.content_bias[:, None, None])",
-        "q_content = K**-0.5 * (q + self.position_bias[:, None, None])",
+        "q_content = scale * (q + self.content_bias[:, None, None])",
+        "q_content = scale * (q + self.position_bias[:, None, None])",
     ),
     (
-        "q_position = K**-0.5 * (q + self.position_bias[:, None, None])",
-        "q_position = K**-0.5 * (q + self.content_bias[:, None, None])",
+        "q_position = scale * (q + self.position_bias[:, None, None])",
+        "q_position = scale * (q + self.content_bias[:, None, None])",
     ),
 )
 WITH_BIAS = (
