@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=time.strftime("runs/%Y-%m-%d_%H-%M-%S"), help="its folder")
+    add("--out", type=Path, default=time.strftime("runs/%Y-%m-%d_%H-%M-%S"), help="its new folder")
     add("--resume", default="", help="go on with the run in this folder, with its settings")
     add("--eval-only", action="store_true", help="only evaluate the run")
     add("--sample", action="store_true", help="only generate from the run")

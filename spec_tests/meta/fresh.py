@@ -19,16 +19,16 @@ def run_pytest(folder: Path, arguments: list[str], fork: bool = FORKS) -> tuple[
         command = [sys.executable, "-m", "pytest", *arguments]
         ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         return ran.returncode, ran.stdout, ran.stderr
-    printed = folder / "out.txt", folder / "err.txt"
-    for file in printed:
+    out = folder / "out.txt"
+    err = folder / "err.txt"
+    for file in (out, err):
         file.write_text("")
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["torch", "hypothesis", "pytest"])
     process = server.Process(target=pytest_main, args=(folder, arguments))
     process.start()
     process.join()
-    out, err = (file.read_text() for file in printed)
-    return process.exitcode, out, err
+    return process.exitcode, out.read_text(), err.read_text()
 
 
 def pytest_main(folder: Path, arguments: list[str]) -> None:

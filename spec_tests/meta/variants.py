@@ -7,16 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters import reference
+from .faults import COUNT, LEAVING, LOSS, OLD, PAST, REMEMBER
 
 SOURCE = Path(reference.compressive.__file__).read_text()
 FOR_SPEED = SOURCE[SOURCE.index("class FasterAttention(") : SOURCE.index("class Compression(")]
-PAST = "past = torch.cat([c_mem, mem], dim=1)"
-REMEMBER = "update_memory(mem, c_mem, x, compress, self.config)"
-COUNT = "n = -(-overflow // c)"
-LEAVING = "leaving = n * c"
-OLD = "old = held[:, : n * c]"
 ASKS = "if config.c_mem_len > 0:"
-LOSS = "return attention_reconstruction_loss(self.attention, x, old, compressed)"
 
 # name -> what the adapter declares, what it has not, and what stands instead of what
 VARIANTS = {
