@@ -1,16 +1,16 @@
 """Long runs of train.py: what is killed, stopped, damaged or spread over processes."""
 
 import gc
+import importlib
 import math
 import os
 import pickle
 import re
 import signal
-import socket
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count, pairwise
 from pathlib import Path
 
@@ -18,12 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train as trainer
 
 from . import test_train, train_kill
 from .test_train import TEXT, TINY, TRAIN, empty_folder, records, refused, run
-from .train_kill import finish, result, same, start
+from .train_kill import finish, result, same, start, train_as_new, wait
 
 here = test_train.here  # fixtures
 text = test_train.text
@@ -533,24 +534,27 @@ def test_a_step_on_cuda_waits_for_nothing(text: Path, here, monkeypatch):
 # --------------------------------------------------------------------------- processes of their own
 
 
-def launch(processes: int, *options: object, cwd: Path) -> str:
-    """Train as torchrun does it, but in forks of this process, which has torch loaded already. What
-    they printed."""
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]  # nobody has it
-    started = []
-    for rank in range(processes):
-        environment = {
-            "TORCHELASTIC_RUN_ID": "here",
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": port,
-            "WORLD_SIZE": processes,
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-        }
-        output = f"output{rank}.txt"
-        started.append((start(cwd, *options, output=output, **environment), cwd, output))
-    return "".join(finish(*process) for process in started)
+def launch(
+    processes: int, *options: object, cwd: Path, main: Callable = train_as_new
+) -> tuple[int, str]:
+    """What torchrun does, but in forks of this process, which has torch loaded already: the exit
+    status, and what all printed."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id="here",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+
+    def work(options: Sequence[object]) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not torchrun's handler
+        main(options)
+
+    return wait(start(cwd, *options, main=elastic_launch(config, work)), cwd)
 
 
 @pytest.mark.elsewhere
@@ -610,7 +614,8 @@ def test_processes_train_as_one():
         expected = result(folder / "one")[1]
         for processes, more in ((2, []), (4, ["--recompute"])):
             out = f"run{processes}"
-            printed = launch(processes, *options, *more, "--out", out, cwd=folder)
+            status, printed = launch(processes, *options, *more, "--out", out, cwd=folder)
+            assert status == 0, printed
             assert printed.count(f"results in {out}") == printed.count("val_bpc=") == 1
             assert farthest(folder / "one", folder / out) < 1e-6
             found = result(folder / out)[1]
@@ -636,26 +641,29 @@ def test_the_replica_is_gone_before_the_group_of_processes():
     with empty_folder() as folder, pytest.MonkeyPatch.context() as patch:
         (folder / "text").write_bytes(TEXT)
         patch.setattr(dist, "destroy_process_group", destroy)
-        printed = launch(1, "--data", "text", *TINY, "--steps", 2, "--out", "run", cwd=folder)
+        options = ["--data", "text", *TINY, "--steps", 2, "--out", "run"]
+        status, printed = launch(1, *options, cwd=folder)
+    assert status == 0, printed
     assert "replicas: 0\n" in printed
 
 
-PATCHED = """import os, sys
-sys.path.insert(0, {folder!r})
+# process 1 gets a signal in a step
+STOPPED = f"""import signal, sys
+sys.path.insert(0, {str(TRAIN.parent)!r})
 import train
+from spec_tests.test_train_runs import stopping
 
-steps = 0
-
-def to_tokens(*args, original=train.to_tokens):
-    global steps
-    steps += 1
-    if steps == {step} and train.RANK == 1:
-        os.kill(os.getpid(), {number})
-    return original(*args)
-
-train.to_tokens = to_tokens
+if train.RANK == 1:
+    train.to_tokens = stopping(2, signal.SIGTERM)
 train.main()
 """
+
+
+def killed(options: Sequence[object]) -> None:
+    importlib.reload(trainer)
+    if trainer.RANK == 1:
+        trainer.to_tokens = stopping(7, signal.SIGKILL)
+    trainer.main([str(option) for option in options])
 
 
 @pytest.mark.elsewhere
@@ -664,22 +672,20 @@ def test_one_process_killed_or_stopped_ends_all_and_they_go_on_exactly():
         (folder / "text").write_bytes(TEXT)
         options = "--steps 12 --dropout 0.1 --save-every 3 --batch-size 4".split()
         options = ["--data", "text", *TINY, *options]
-        script = folder / "patched.py"
-        source = str(TRAIN.parent)
-        launch(2, *options, "--out", "whole", cwd=folder)
+        assert launch(2, *options, "--out", "whole", cwd=folder)[0] == 0
 
-        twice = run(*options, "--out", "whole", cwd=folder, command=(*TORCHRUN, 2, TRAIN))
-        assert twice.returncode != 0
-        ours = [line for line in twice.stderr.splitlines() if line.startswith("train.py: ")]
+        status, printed = launch(2, *options, "--out", "whole", cwd=folder)
+        assert status != 0
+        ours = [line for line in printed.splitlines() if line.startswith("train.py: ")]
         mend = "name a new folder, so that no run is lost"
         assert ours == [f"train.py: --out whole is not empty: {mend}"]
 
-        script.write_text(PATCHED.format(folder=source, step=7, number=int(signal.SIGKILL)))
-        killed = run(*options, "--out", "run", cwd=folder, command=(*TORCHRUN, 2, script))
-        assert killed.returncode != 0
+        assert launch(2, *options, "--out", "run", cwd=folder, main=killed)[0] != 0
         assert torch.load(folder / "run/checkpoint.pt", weights_only=True)["step"] == 6
 
-        script.write_text(PATCHED.format(folder=source, step=2, number=int(signal.SIGTERM)))
+        # Once as a user does it.
+        script = folder / "stopped.py"
+        script.write_text(STOPPED)
         stopped = run("--resume", "run", cwd=folder, command=(*TORCHRUN, 2, script))
         said = "train.py: stopped after step 8; to go on: --resume run\n"
         assert said in stopped.stderr, stopped.stderr
@@ -688,5 +694,5 @@ def test_one_process_killed_or_stopped_ends_all_and_they_go_on_exactly():
         assert state["step"] == 8
         assert {len(slots) for layers in state["memory"] for slots in layers} == {4}  # all rows
 
-        launch(2, "--resume", "run", cwd=folder)
+        assert launch(2, "--resume", "run", cwd=folder)[0] == 0
         assert same(result(folder / "run"), result(folder / "whole"))

@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import train
@@ -28,21 +29,24 @@ OPTIONS += "--compression-rate 2 --sample-bytes 4 --device cpu --dtype float32"
 DTYPE = torch.float32  # torch's default in a new process
 
 
-def start(folder: Path, *options: object, output: str = "output.txt", **environment: object) -> int:
-    """A process that trains in the folder; what it prints goes to a file there."""
+def train_as_new(options: Sequence[object]) -> None:
+    importlib.reload(train)  # which looks at the environment
+    train.main([str(option) for option in options])
+
+
+def start(folder: Path, *options: object, main: Callable = train_as_new) -> int:
+    """A process that trains in the folder; what it prints goes to output.txt there."""
     pid = os.fork()
     if pid == 0:
         status = 1
         signal.alarm(300)  # none takes so long, unless it hangs
         try:
             os.chdir(folder)
-            sys.stdout = sys.stderr = file = open(output, "w", buffering=1)
+            sys.stdout = sys.stderr = file = open("output.txt", "w", buffering=1)
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-            os.environ.update({name: str(value) for name, value in environment.items()})
             torch.set_default_dtype(DTYPE)
-            importlib.reload(train)  # which looks at the environment
-            train.main([str(option) for option in options])
+            main(options)
             status = 0
         except SystemExit as exit:
             status = exit.code
@@ -55,10 +59,15 @@ def running(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
-def finish(pid: int, folder: Path, output: str = "output.txt") -> str:
-    """What the process printed, once it has ended well."""
+def wait(pid: int, folder: Path) -> tuple[int, str]:
+    """The exit status of the process, and what it printed."""
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    printed = (folder / output).read_text()
+    return status, (folder / "output.txt").read_text()
+
+
+def finish(pid: int, folder: Path) -> str:
+    """What the process printed, once it has ended well."""
+    status, printed = wait(pid, folder)
     if status:
         sys.exit(f"a run ended with status {status}: {printed}")
     return printed
