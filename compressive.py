@@ -8,8 +8,7 @@ function f_c that each layer learns from a loss of its own.
         forgotten <- [ compressed memory | memory | segment ] <- tokens
                        N_cm slots    f_c <- N_m slots   T
 
-The file reads bottom-up: settings, relative attention, compression functions, memory rule,
-compression losses, layer, model. In a training loop of your own:
+In a training loop of your own:
 
     model = CompressiveTransformer(Config(vocab_size=256))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -36,9 +35,9 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,31 +48,24 @@ from torch.utils.checkpoint import checkpoint
 # ---------------------------------------------------------------------- settings, memory, output
 
 
-def setting(default: object, help: str) -> Any:
-    """A field of Config; a command line can show its help (train.py does)."""
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class Config:
     """The settings of a model. Raises ValueError for one that cannot work."""
 
-    vocab_size: int = setting(256, "number of different tokens")
-    d_model: int = setting(128, "D, width of the residual stream and of every slot")
-    n_heads: int = setting(4, "H, attention heads of a layer")
-    n_layers: int = setting(4, "L, layers")
-    d_ff: int = setting(512, "width of the feed-forward's hidden layer")
-    mem_len: int = setting(64, "N_m, slots of memory that a layer keeps")
-    c_mem_len: int = setting(32, "N_cm, slots of compressed memory that a layer keeps")
-    compression_rate: int = setting(4, "c, memories that become one compressed slot")
-    compression: str = setting("conv", "f_c: conv, dilated_conv, most_used, mean_pool or max_pool")
-    compression_loss: str = setting(
-        "attention", "attention, autoencoding or none (f_c then learns by bptt alone)"
-    )
-    norm_first: bool = setting(True, "pre-norm, x + f(LN(x)); if not, post-norm, LN(x + f(x))")
-    dropout: float = setting(0.0, "of embeddings, attention weights and both branches of a layer")
-    bptt: bool = setting(False, "memories keep their graph: later losses reach f_c through them")
-    recompute: bool = setting(False, "activation checkpointing: layers run again in backward")
+    vocab_size: Annotated[int, "number of different tokens"] = 256
+    d_model: Annotated[int, "D, width of the residual stream and of every slot"] = 128
+    n_heads: Annotated[int, "H, attention heads of a layer"] = 4
+    n_layers: Annotated[int, "L, layers"] = 4
+    d_ff: Annotated[int, "width of the feed-forward's hidden layer"] = 512
+    mem_len: Annotated[int, "N_m, slots of memory that a layer keeps"] = 64
+    c_mem_len: Annotated[int, "N_cm, slots of compressed memory that a layer keeps"] = 32
+    compression_rate: Annotated[int, "c, memories that become one compressed slot"] = 4
+    compression: Annotated[str, "f_c: conv, dilated_conv, most_used, mean_pool, max_pool"] = "conv"
+    compression_loss: Annotated[str, "attention, autoencoding or none (bptt alone)"] = "attention"
+    norm_first: Annotated[bool, "pre-norm, x + f(LN(x)); if not, post-norm, LN(x + f(x))"] = True
+    dropout: Annotated[float, "of embeddings, attention weights and both branches of a layer"] = 0.0
+    bptt: Annotated[bool, "memories keep their graph: later losses reach f_c through them"] = False
+    recompute: Annotated[bool, "activation checkpointing: layers run again in backward"] = False
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -86,8 +78,7 @@ class Memory(NamedTuple):
     c_mem: tuple[Tensor, ...]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Memory":
-        """The memory with `function` applied to every tensor: to move it to a device, cast it, or
-        choose rows."""
+        """The memory with `function` applied to every tensor: to move it, cast it, choose rows."""
         mem = tuple(function(slots) for slots in self.mem)
         c_mem = tuple(function(slots) for slots in self.c_mem)
         return Memory(mem, c_mem)
@@ -114,8 +105,7 @@ class Output(NamedTuple):
 
 
 def sinusoid(distance: Tensor, d_model: int) -> Tensor:
-    """R, the encoding of distances: `[N] -> [N, D]`, sines first, then cosines (Transformer-XL,
-    section 3.3). Computed for the lengths at hand, so that no length is built in."""
+    """R, the encoding of distances: `[N] -> [N, D]`, sines first (Transformer-XL, section 3.3)."""
     i = torch.arange(0, d_model, 2, dtype=distance.dtype, device=distance.device)
     angle = distance[:, None] * 10000 ** (-i / d_model)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
@@ -124,10 +114,9 @@ def sinusoid(distance: Tensor, d_model: int) -> Tensor:
 def relative_shift(scores: Tensor) -> Tensor:
     """Transformer-XL's relative shift, without a copy: `[..., T, S + 1] -> [..., T, S]`.
 
-    Column p comes in as distance S - 1 - p; the last column is padding. Query t needs distance 0 in
-    column S - T + t, so row t must move left by T - 1 - t. Drop the first T - 1 numbers and cut
-    what follows into rows of S instead of S + 1: every row then moves left by one less than the
-    row above. T = 3, S = 4, digits for distances:
+    Row t must move left by T - 1 - t, so that distance 0 stands under its own token. Drop the first
+    T - 1 numbers and cut what follows into rows of S instead of S + 1: every row then moves left by
+    one less than the row above. T = 3, S = 4, digits for distances, dots for padding:
 
         3 2 1 0 .        1 0 . 3      What follows a distance 0 is rubbish (the padding, then the
         3 2 1 0 .   ->   2 1 0 .      next row). The causal mask hides it: there stand the tokens
@@ -160,9 +149,9 @@ def relative_attention(
 
         score(t, j) = [ (q_t + u) . k_j  +  (q_t + v) . W_R R_(t-j) ] / sqrt(K)
 
-    `q [H, B, T, K]`; `k` and `v [H, B, S, K]`; `r [H, S, K]`, W_R R of the distances S - 1, ..., 0;
-    the biases `[H, K]` are the paper's u and v. Returns what the heads read, `[H, B, T, K]`, and
-    the attention weights, `[H, B, T, S]`, before dropout.
+    Queries `q [H, B, T, K]`, keys and values `k` and `v [H, B, S, K]`, `r [H, S, K]` (W_R R of the
+    distances S - 1, ..., 0), and the equation's biases u and v, `[H, K]`. Returns what the heads
+    read, `[H, B, T, K]`, and the attention weights, `[H, B, T, S]`, before dropout.
     """
     scale = q.size(-1) ** -0.5
     q_content = scale * (q + content_bias[:, None, None])
@@ -209,7 +198,7 @@ class RelativeMultiHeadAttention(nn.Module):
         return output, weights.transpose(0, 1)
 
     def project(self, x: Tensor, past: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys, values and W_R R, as `relative_attention` takes them."""
+        """Queries `[H, B, T, K]`, keys and values `[H, B, S, K]`, and W_R R `[H, S, K]`."""
         q = self.heads(self.query(x)).contiguous()  # else each of its two products copies it
         # Apart: in one product of both, the past's gradient would be computed, too.
         kv_past = self.heads(self.key_value(past))
@@ -223,6 +212,15 @@ class RelativeMultiHeadAttention(nn.Module):
         the keys, then those of the values. Heads come first, since all rows share W_R R: one matrix
         product a head."""
         return x.unflatten(-1, (-1, self.head_dim)).movedim(-2, 0)
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether calling the layer is its weight's product and no more: no adapter, hook (but for one
+    of all modules), bias, parametrisation, or weight of another kind (quantised, sharded)."""
+    if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
+        return False
+    hooked = any(value for name, value in vars(layer).items() if name.endswith("_hooks"))
+    return layer.bias is None and "forward" not in vars(layer) and not hooked
 
 
 # --------------------------------------------------- for speed alone: all works without it, too
@@ -261,9 +259,9 @@ class FasterAttention(RelativeMultiHeadAttention):
         q = self.heads(self.query(x))
         q_content = scale * (q + self.content_bias[:, None, None])
         q_position = scale * (q + self.position_bias[:, None, None])
-        if B * T < K:  # the cheaper order, with few queries
+        if B * T < K:
             by_distance = torch.einsum("hbtk,hkd->hbtd", q_position, w_r) @ positions.mT
-        else:
+        else:  # W_R R, once for all rows, is cheaper
             by_distance = torch.einsum("hbtk,hks->hbts", q_position, w_r @ positions.mT)
         position = relative_shift(F.pad(by_distance, (0, 1)))
         q_slots = torch.einsum("hbtk,hkd->hbtd", q_content, w_k)  # (q + u) W_k
@@ -289,16 +287,6 @@ class FasterAttention(RelativeMultiHeadAttention):
         for of_some_heads in zip(*split, strict=True):
             read.append(relative_attention(*of_some_heads, self.dropout)[0])
         return torch.cat(read)
-
-
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether calling the layer is its weight's product and no more: no adapter, hook (but for one
-    of all modules), bias, parametrisation, or weight of another kind (quantised, sharded)."""
-    if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
-        return False
-    attributes = vars(layer)
-    hooks = [name for name in attributes if name.endswith("_hooks") and attributes[name]]
-    return layer.bias is None and "forward" not in attributes and not hooks
 
 
 # ----------------------------------------------------------- compression functions (section 3.2)
@@ -356,9 +344,8 @@ class DilatedConvCompression(Conv1dCompression):
 
     def __init__(self, d_model: int, compression_rate: int) -> None:
         super().__init__(d_model, compression_rate)
-        self.dilated = nn.ModuleList(
-            nn.Linear(2 * d_model, d_model, bias=False) for _ in self.DILATIONS
-        )
+        convs = [nn.Linear(2 * d_model, d_model, bias=False) for _ in self.DILATIONS]
+        self.dilated = nn.ModuleList(convs)
 
     def forward(self, old: Tensor) -> Tensor:
         for dilation, conv in zip(self.DILATIONS, self.dilated, strict=True):
@@ -386,8 +373,7 @@ class MostUsedCompression(Compression):
         """The attention that each of the newest slots received, averaged over the heads and over
         the queries that saw it: `weights [B, H, T, S] -> [B, slots]`."""
         T = weights.size(2)
-        S = weights.size(3)
-        received = weights[..., S - slots :].mean(dim=1).sum(dim=1)  # [B, slots]
+        received = weights[..., -slots:].mean(dim=1).sum(dim=1)  # [B, slots]
         seen_by = torch.arange(slots, 0, -1, device=weights.device)  # queries: T, ..., T, ..., 1
         return received / seen_by.clamp(max=T)
 
@@ -418,17 +404,14 @@ def update_memory(
     """One layer's memories after a step: Algorithm 1's old_mem, new_cm and the next m and cm.
 
     `h [B, T, D]` joins `mem [B, M, D]`. If more than mem_len slots are then held, the oldest leave,
-    c at a time, until at most mem_len are left: n = ceil(overflow / c) times. Each c become one
-    slot through `compress` and join `c_mem [B, C, D]`, of which the newest c_mem_len stay. With
-    c_mem_len = 0 nothing is compressed and exactly the overflow is dropped. With mem_len = 4,
-    c = 2, letters for memories and pairs in brackets for compressed slots:
+    c at a time, n = ceil(overflow / c) times. Each c become one slot through `compress` and join
+    `c_mem [B, C, D]`, of which the newest c_mem_len stay. With mem_len = 4, c = 2, letters for
+    memories and pairs in brackets for compressed slots:
 
         mem  c d e f   c_mem  (ab)   h  g h i
           -> 7 held, 3 too many, n = 2, so c d e f leave:  mem  g h i   c_mem  (ab) (cd) (ef)
 
-    Unless `config.bptt`, no gradient passes to h or through the memories. The arguments are not
-    changed. Memories keep their dtype, where autocast gives what is new another, and own their
-    storage: a view would keep alive all that left.
+    Memories keep their dtype, where autocast gives what is new another.
     """
     c = config.compression_rate
     # The paper evicts before h joins: the same slots leave.
@@ -436,7 +419,7 @@ def update_memory(
     if not config.bptt:  # no gradient goes to earlier steps, nor from the loss of f_c into h
         held = held.detach()
     overflow = max(0, held.size(1) - config.mem_len)
-    if config.c_mem_len == 0:
+    if config.c_mem_len == 0:  # a Transformer-XL: exactly the overflow is dropped
         n = 0
         leaving = overflow
     else:
@@ -447,7 +430,7 @@ def update_memory(
     if n > 0:
         compressed = compress(old)  # line 9
         c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)
-    next_mem = held[:, leaving:].clone()  # line 10
+    next_mem = held[:, leaving:].clone()  # line 10; a view would keep alive all that left
     next_c_mem = c_mem[:, max(0, c_mem.size(1) - config.c_mem_len) :].clone()  # line 11
     if not config.bptt:  # nor from later steps to f_c, through the slots that they read
         next_c_mem = next_c_mem.detach()
@@ -472,10 +455,15 @@ def attention_reconstruction_loss(
     with torch.no_grad():  # lines 3 to 5: h, old_mem, Q, K and V are constant
         q = attention.heads(attention.query(h))
         target = attend(q, attention.key_value(old))
-    # Line 5 for new_cm: K and V are constant here, too, but the gradient passes through them. The
-    # layer is called, and its weight not used: it may have become an adapter, or quantised.
-    constants = {name: p.detach() for name, p in attention.key_value.named_parameters()}
-    kv = functional_call(attention.key_value, constants, (compressed,))
+    # Line 5 for new_cm: K and V are constant here, too, but the gradient passes through them.
+    key_value = attention.key_value
+    if is_plain_linear(key_value):
+        kv = F.linear(compressed, key_value.weight.detach())
+    elif torch.is_grad_enabled():  # its parameters are exchanged while no other thread may call it
+        constants = {name: p.detach() for name, p in key_value.named_parameters()}
+        kv = functional_call(key_value, constants, (compressed,))
+    else:
+        kv = key_value(compressed)
     return F.mse_loss(attend(q, kv), target)  # line 8
 
 
@@ -485,11 +473,10 @@ class Decompression(nn.Module):
 
     def __init__(self, d_model: int, compression_rate: int) -> None:
         super().__init__()
-        self.d_model = d_model
         self.conv = nn.Linear(d_model, compression_rate * d_model, bias=False)
 
     def forward(self, compressed: Tensor) -> Tensor:
-        return self.conv(compressed).unflatten(-1, (-1, self.d_model)).flatten(1, 2)
+        return self.conv(compressed).unflatten(-1, (-1, compressed.size(2))).flatten(1, 2)
 
 
 def autoencoding_loss(decompress: nn.Module, old: Tensor, compressed: Tensor) -> Tensor:
@@ -547,12 +534,12 @@ class CompressiveTransformerLayer(nn.Module):
     ) -> LayerOutput:
         """`h [B, T, D]`, `mem [B, M, D]`, `c_mem [B, C, D]`, `positions [S, D]` (those of
         `RelativeMultiHeadAttention`). A loss that is not needed is zero."""
-        x = h  # what attention reads is what memory keeps
-        if self.config.norm_first:
-            x = self.attention_norm(h)
-        most_used = isinstance(self.compress, MostUsedCompression)
+        # What attention reads is what memory keeps.
+        x = self.attention_norm(h) if self.config.norm_first else h
+        evicts = self.config.c_mem_len > 0 and mem.size(1) + x.size(1) > self.config.mem_len
+        need_usage = evicts and isinstance(self.compress, MostUsedCompression)
         past = torch.cat([c_mem, mem], dim=1)  # oldest first
-        attended, weights = self.attention(x, past, positions, need_weights or most_used)
+        attended, weights = self.attention(x, past, positions, need_weights or need_usage)
         if self.config.norm_first:
             h = h + self.dropout(attended)
             h = h + self.dropout(self.feed_forward(self.feed_forward_norm(h)))
@@ -560,22 +547,19 @@ class CompressiveTransformerLayer(nn.Module):
             h = self.attention_norm(h + self.dropout(attended))
             h = self.feed_forward_norm(h + self.dropout(self.feed_forward(h)))
         compress = self.compress
-        if most_used:
+        if need_usage:
             usage = compress.usage(weights, mem.size(1) + x.size(1))
             compress = partial(compress, usage=usage)
         update = update_memory(mem, c_mem, x, compress, self.config)  # lines 8 to 11
         loss = x.new_zeros(())
         if need_loss and self.loss_kind != "none" and update.old.size(1) > 0:
-            loss = self.compression_loss(x, update)
+            loss = self.compression_loss(x, update.old, update.compressed)
         return LayerOutput(h, update.mem, update.c_mem, loss, weights if need_weights else None)
 
-    def compression_loss(self, x: Tensor, update: MemoryUpdate) -> Tensor:
+    def compression_loss(self, x: Tensor, old: Tensor, compressed: Tensor) -> Tensor:
         """Of what left memory. It trains f_c (and g) and nothing else."""
-        old = update.old
-        compressed = update.compressed
         if self.config.bptt:
-            # With its graph, old would let the loss train the layers that made it.
-            old = old.detach()
+            old = old.detach()  # its graph would let the loss train the layers that made it
             compressed = self.compress(old)
         if self.loss_kind == "autoencoding":
             return autoencoding_loss(self.decompress, old, compressed)
@@ -586,34 +570,26 @@ class CompressiveTransformerLayer(nn.Module):
 
 
 class CompressiveTransformer(nn.Module):
-    """The language model: embedding, layers, (pre-norm) a last normalisation, and logits.
-
-    The memory is the caller's: `forward` takes one and returns the next, changing nothing in place.
-    Keep it, drop it (None starts afresh), or save it.
-    Initialised as torch does; embedding and logits are not tied.
-    """
+    """The language model: embedding, layers, (pre-norm) a last normalisation, and logits, which are
+    not tied to the embedding. Initialised as torch does. The memory is the caller's: `forward`
+    takes one and returns the next, changing nothing in place."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(
-            CompressiveTransformerLayer(config) for _ in range(config.n_layers)
-        )
+        layers = [CompressiveTransformerLayer(config) for _ in range(config.n_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()
         self.logits = nn.Linear(config.d_model, config.vocab_size)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters of the language model, and those of f_c (and g). Clip their gradients
         apart: a joint norm would let the larger scale the other down."""
-        compression: list[nn.Parameter] = []
-        for layer in self.layers:
-            compression += layer.compress.parameters()
-            if layer.decompress is not None:
-                compression += layer.decompress.parameters()
-        of_compression = set(compression)
-        language_model = [p for p in self.parameters() if p not in of_compression]
+        named = list(self.named_parameters())  # layers.0.compress..., layers.0.decompress...
+        language_model = [p for name, p in named if "compress." not in name]
+        compression = [p for name, p in named if "compress." in name]
         return language_model, compression
 
     def initial_memory(self, batch_size: int) -> Memory:
@@ -632,19 +608,17 @@ class CompressiveTransformer(nn.Module):
     ) -> Output:
         """One segment: `tokens [B, T]` (int64 or int32) and the memory that the segment before
         returned (None: empty). T may differ from call to call. A loss that is not needed is zero,
-        and costs nothing. Raises TypeError or ValueError for what does not fit. (Tokens out of
-        range are found by the embedding: on an accelerator, that stops the program.)"""
+        and costs nothing. Raises TypeError or ValueError for what does not fit."""
         check_input(self, tokens, memory)
         if memory is None:
             memory = self.initial_memory(tokens.size(0))
         mem, c_mem = memory
         try:
-            h = self.embedding(tokens)
-        except IndexError:
+            h = self.dropout(self.embedding(tokens))
+        except IndexError:  # on an accelerator, the program is stopped instead
             V = self.config.vocab_size
             wrong = tokens[(tokens < 0) | (tokens >= V)][0].item()
             raise ValueError(f"tokens must lie in [0, {V}), got {wrong}") from None
-        h = self.dropout(h)
         S = c_mem[0].size(1) + mem[0].size(1) + tokens.size(1)
         dtype = torch.promote_types(h.dtype, torch.float32)  # bfloat16 cannot count to 257
         distance = torch.arange(S - 1, -1, -1, dtype=dtype, device=h.device)
@@ -678,12 +652,11 @@ class CompressiveTransformer(nn.Module):
     ) -> Tensor:
         """Continue `prompt [B, T]`, T >= 1, by sampling: `-> [B, T + max_new_tokens]`.
 
-        Every token is fed once: the prompt whole (in segments, where it is longer than mem_len and
-        512), then each new token, the memory carried on as in training. A model without memory is
-        fed the whole text again for each token. Temperature 0 takes the likeliest token; top_k
-        samples among the k likeliest. `memory` is what stood before the prompt. `stream` is called
-        with each new token `[B, 1]` as it comes. Raises as `forward` does, and warns where dropout
-        would change the text.
+        The prompt is fed whole (in segments, where it is longer than mem_len and 512), then each
+        new token once, with the memory carried on; a model without memory is fed the whole text
+        again. Temperature 0 takes the likeliest token; top_k samples among the k likeliest.
+        `memory` is what stood before the prompt. `stream` is called with each new token `[B, 1]`.
+        Raises as `forward` does, and warns where dropout would change the text.
         """
         if self.training and self.config.dropout > 0:
             warnings.warn("generate in training mode drops out: call eval() first", stacklevel=3)
@@ -720,7 +693,7 @@ def sample(
         return logits.argmax(dim=-1, keepdim=True)
     # Differences to the largest, and no less than 1e-30, so that nothing overflows.
     logits = logits.float() - logits.amax(dim=-1, keepdim=True)
-    logits = logits / max(temperature, 1e-30)
+    logits = logits / max(float(temperature), 1e-30)
     if top_k is None:
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
     kept = logits.topk(min(top_k, logits.size(-1)))
@@ -753,17 +726,19 @@ def check_config(config: Config) -> None:
     need(config.d_model % 2 == 0, "d_model", "even (a sine and a cosine for each frequency)")
     if config.c_mem_len > 0:  # an eviction takes up to c - 1 slots more than overflowed
         need(config.mem_len >= rate - 1, "mem_len", f"at least compression_rate - 1 = {rate - 1}")
-    need(config.compression in COMPRESSIONS, "compression", f"one of {', '.join(COMPRESSIONS)}")
-    losses = ", ".join(COMPRESSION_LOSSES)
-    need(config.compression_loss in COMPRESSION_LOSSES, "compression_loss", f"one of {losses}")
+    for name, choices in (
+        ("compression", tuple(COMPRESSIONS)),
+        ("compression_loss", COMPRESSION_LOSSES),
+    ):
+        need(getattr(config, name) in choices, name, f"one of {', '.join(choices)}")
+        object.__setattr__(config, name, str(getattr(config, name)))
     number = isinstance(config.dropout, numbers.Real)
     need(number and 0 <= config.dropout < 1, "dropout", "a number in [0, 1)")
     object.__setattr__(config, "dropout", float(config.dropout))
 
 
 def check_input(model: CompressiveTransformer, tokens: Tensor, memory: Memory | None) -> None:
-    """Raise TypeError or ValueError for tokens and memories that do not fit the model or each
-    other."""
+    """Raise TypeError or ValueError for tokens and memories that do not fit."""
     weight = model.embedding.weight
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens must be a tensor, got {type(tokens)}")
@@ -779,6 +754,8 @@ def check_input(model: CompressiveTransformer, tokens: Tensor, memory: Memory | 
         raise TypeError(f"memory must be a Memory(mem, c_mem) or None, got {type(memory)}")
     L = model.config.n_layers
     for name, layers in zip(Memory._fields, memory, strict=True):
+        if not isinstance(layers, (tuple, list)):
+            raise TypeError(f"memory.{name} must be a tuple of tensors, got {type(layers)}")
         if len(layers) != L:
             raise ValueError(f"memory.{name} must have {L} layers, got {len(layers)}")
         for i, slots in enumerate(layers):
@@ -798,11 +775,11 @@ def check_input(model: CompressiveTransformer, tokens: Tensor, memory: Memory | 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None) -> None:
     """Raise ValueError for what `generate` cannot work with."""
     if not is_integer(max_new_tokens, 0):
-        raise ValueError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens}")
+        raise ValueError(f"max_new_tokens must be an integer of at least 0, got {max_new_tokens!r}")
     if not isinstance(temperature, numbers.Real) or not temperature >= 0:
-        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
+        raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}")
     if top_k is not None and not is_integer(top_k, 1):
-        raise ValueError(f"top_k must be None or an integer of at least 1, got {top_k}")
+        raise ValueError(f"top_k must be None or an integer of at least 1, got {top_k!r}")
 
 
 def is_integer(value: object, least: int) -> bool:

@@ -27,7 +27,7 @@ from dataclasses import asdict, fields, replace
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, get_args
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch does without it
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DistributedDataParallel warns in vain
@@ -96,11 +96,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--eval-c-mem-len", type=int, help="c_mem_len in evaluation; by default as trained")
     for field in MODEL_SETTINGS:
         option = "--" + field.name.replace("_", "-")
-        help = field.metadata["help"]
-        if field.type is bool:
+        kind, help = get_args(field.type)
+        if kind is bool:
             add(option, action=argparse.BooleanOptionalAction, default=field.default, help=help)
         else:
-            add(option, type=field.type, default=field.default, help=help)
+            add(option, type=kind, default=field.default, help=help)
     # Otherwise than in Config: so small a model learns more in three minutes.
     parser.set_defaults(n_heads=8, mem_len=16, c_mem_len=16, norm_first=False)
     return parser

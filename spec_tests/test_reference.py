@@ -319,6 +319,7 @@ def test_a_memory_that_does_not_fit_is_refused(bad, error, message):
         ({"compression_rate": 6}, "mem_len must be at least compression_rate - 1 = 5, got 4"),
         ({"compression_rate": 6, "c_mem_len": 1}, "mem_len must be at least .* = 5, got 4"),
         ({"compression": "sum"}, "compression must be one of conv, .*, got 'sum'"),
+        ({"compression": []}, r"compression must be one of conv, .*, got \[\]"),
         ({"compression_loss": "l2"}, "compression_loss must be one of attention, .*, got 'l2'"),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"dropout must be a number in \[0, 1\), got -0.1"),
@@ -342,6 +343,7 @@ def test_settings_at_the_edge_work(fine):
 # ---------------------------------------------------------------------- every setting, every tool
 
 
+@pytest.mark.elsewhere
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_every_combination_trains(name):
     choices = ("attention", "autoencoding", "none"), (True, False), (True, False), (0.0, 0.1)
@@ -826,6 +828,7 @@ def test_deepcopy_and_state_dict_after_a_step():
         assert torch.equal(step.logits, model(text[:, 8:], first.memory).logits)
 
 
+@pytest.mark.elsewhere
 @pytest.mark.parametrize(("name", "starts"), [("conv", True), ("most_used", False)])
 def test_torch_compile_changes_nothing(name: str, starts: bool):
     """Of a first step, which begins without memory, and of one with memories that are full."""
@@ -1010,10 +1013,51 @@ class Three:
 numbers.Integral.register(Three)
 
 
-def test_settings_may_be_numbers_of_other_kinds():
-    config = api.Config(n_layers=Three(), c_mem_len=Three(), dropout=Fraction(1, 4))
+class Text(str):
+    """A string that is not Python's, as NumPy's are."""
+
+
+def test_settings_may_be_numbers_and_strings_of_other_kinds():
+    other = Text("max_pool")
+    config = api.Config(
+        n_layers=Three(), c_mem_len=Three(), dropout=Fraction(1, 4), compression=other
+    )
     assert type(config.n_layers) is type(config.c_mem_len) is int
-    assert config == api.Config(n_layers=3, c_mem_len=3, dropout=0.25)
+    assert type(config.compression) is str
+    assert config == api.Config(n_layers=3, c_mem_len=3, dropout=0.25, compression="max_pool")
+
+
+def test_a_temperature_may_be_a_number_of_another_kind():
+    model = make().eval()
+    prompt = tokens(SMALL, 2, 3)
+    written = []
+    for temperature in (0.5, Fraction(1, 2)):
+        generator = torch.Generator().manual_seed(0)
+        text = model.generate(prompt, 9, temperature=temperature, generator=generator)
+        written.append(text)
+    assert torch.equal(*written)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_no_parameter_is_exchanged_while_another_thread_may_read_it(monkeypatch, wrapped: bool):
+    """A server runs one model in several threads. What the loss holds constant is no other tensor
+    in the module: two threads would restore each other's. (With a wrapped layer: no gradients.)"""
+    model = make()
+    if wrapped:
+        for layer in model.layers:
+            layer.attention.key_value.register_forward_hook(lambda *args: None)
+    calls = 0
+
+    def linear(*args: object, original=torch.nn.functional.linear) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        assert all(p.requires_grad for p in model.parameters())
+        return original(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    with torch.set_grad_enabled(not wrapped):
+        losses = model(tokens(SMALL, 2, 8)).compression_losses
+    assert calls > 0 and (losses > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -1021,7 +1065,8 @@ def test_settings_may_be_numbers_of_other_kinds():
     [
         ({"max_new_tokens": None}, "max_new_tokens must be an integer of at least 0, got None"),
         ({"max_new_tokens": 1, "top_k": 2.0}, "top_k must be None or an integer .*, got 2.0"),
-        ({"max_new_tokens": 1, "temperature": "hot"}, "temperature must be a number .*, got hot"),
+        ({"max_new_tokens": 1, "temperature": "hot"}, "temperature must be a number .*, got 'hot'"),
+        ({"max_new_tokens": 1, "temperature": "1"}, "temperature must be a number .*, got '1'"),
         ({"max_new_tokens": 1, "temperature": math.nan}, "temperature must be a .*, got nan"),
     ],
 )
@@ -1037,6 +1082,9 @@ def test_what_is_no_tensor_is_refused():
             model(bad)
     with pytest.raises(TypeError, match=r"memory.mem\[0\] must be a tensor, got"):
         model(tokens(SMALL, 1, 2), api.Memory((None, None), (None, None)))
+    for bad in (None, 1, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match=r"memory.c_mem must be a tuple of tensors, got"):
+            model(tokens(SMALL, 1, 2), (model.initial_memory(1).mem, bad))
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-37, 1e-46, 5e-324])

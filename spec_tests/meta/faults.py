@@ -37,7 +37,7 @@ QUERIES = "        q = attention.heads(attention.query(h))\n"
 TARGET = "        target = attend(q, attention.key_value(old))\n"
 NO_GRAD = "    with torch.no_grad():  # lines 3 to 5: h, old_mem, Q, K and V are constant\n"
 HELD = NO_GRAD + QUERIES + TARGET
-CALLED = "constants, (compressed,))"
+CALLED = "F.linear(compressed, key_value.weight.detach())"
 MEAN = "Memory(mem, c_mem), losses.mean()"
 LAYERS = "self.norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()"
 
@@ -151,8 +151,8 @@ FAULTS = [
         "memory keeps what is not normalised",
         REMEMBER,
         REMEMBER.replace(" x,", " raw,"),
-        "x = h  # what attention reads",
-        "raw = h\n        x = h  # what attention reads",
+        "# What attention reads is what memory keeps.",
+        "raw = h",
     ),
     fault(
         "ATT-6",
@@ -295,7 +295,7 @@ FAULTS = [
     fault(
         "MEM-5",
         "usage of the compressed slots",
-        "weights[..., S - slots :].mean",
+        "weights[..., -slots:].mean",
         "weights[..., :slots].mean",
     ),
     fault(
@@ -308,7 +308,7 @@ FAULTS = [
         "MEM-6",
         "new slots are read at once, where memory is full",
         PAST,
-        "compress = self.compress\n        if most_used:\n            like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0))\n            compress = partial(compress, usage=compress.usage(like, mem.size(1) + x.size(1)))\n        early = update_memory(mem, c_mem, x, compress, self.config).c_mem\n        "
+        "compress = self.compress\n        if need_usage:\n            like = x.new_ones(x.size(0), 1, x.size(1), positions.size(0))\n            compress = partial(compress, usage=compress.usage(like, mem.size(1) + x.size(1)))\n        early = update_memory(mem, c_mem, x, compress, self.config).c_mem\n        "
         + PAST.replace("c_mem,", "early if early.shape == c_mem.shape else c_mem,"),
     ),
     fault("MEM-7", "outputs are stored", REMEMBER, REMEMBER.replace(" x,", " h,")),
@@ -429,8 +429,8 @@ FAULTS = [
     fault(
         "LOSS-1",
         "the loss trains keys and values",
-        "{name: p.detach() for",
-        "{name: p for",
+        CALLED,
+        CALLED.replace(".detach()", ""),
     ),
     fault(
         "LOSS-1",
@@ -454,8 +454,8 @@ FAULTS = [
     fault(
         "LOSS-2",
         "keys and values are frozen",
-        "{name: p.detach() for",
-        "{name: p.detach_() for",
+        CALLED,
+        CALLED.replace("detach", "detach_"),
     ),
     fault(
         "LOSS-2",
@@ -523,8 +523,8 @@ FAULTS = [
     fault(
         "LOSS-5",
         "read back in the wrong order",
-        "self.conv(compressed).unflatten(-1, (-1, self.d_model)).flatten(1, 2)",
-        "self.conv(compressed).unflatten(-1, (-1, self.d_model)).flip(2).flatten(1, 2)",
+        "self.conv(compressed).unflatten(-1, (-1, compressed.size(2))).flatten(1, 2)",
+        "self.conv(compressed).unflatten(-1, (-1, compressed.size(2))).flip(2).flatten(1, 2)",
     ),
     fault(
         "LOSS-6",

@@ -215,6 +215,7 @@ def test_biases_are_compared_where_they_are_named():
             checks()[BY_LOOPS](Implementation(reference.Adapter(model), "without their names"))
 
 
+@pytest.mark.elsewhere
 def test_a_window_as_long_as_the_memories_is_no_fault_of_what_is_remembered():
     """A model with a longer memory has another window, and is no twin to read inputs from."""
     count = "check_input(self, tokens, memory)\n        if memory"

@@ -36,7 +36,7 @@ VARIANTS = {
         {"storage": "raw", "norms": ("pre",)},
         (),
         (
-            ("x = h  # what attention reads", "raw = h\n        x = h  # what attention reads"),
+            ("# What attention reads is what memory keeps.", "raw = h"),
             (
                 PAST,
                 PAST.replace("c_mem, mem", "self.attention_norm(c_mem), self.attention_norm(mem)"),
