@@ -232,10 +232,10 @@ class FasterAttention(RelativeMultiHeadAttention):
 
     - With fewer queries than a head is wide, as in generation: q (W k) is (q W) k, so that W_k is
       applied to the few queries instead of the many slots, and W_v to what they read there.
-    - On a CPU, a few heads at a time, so that their scores stay in its cache.
+    - On a CPU, a few heads at a time: larger scores would be fresh pages from the system each time.
     """
 
-    SCORES_AT_ONCE = 2**21  # 8 MB in float32
+    SCORES_AT_ONCE = 2**21  # 8 MiB in float32
 
     def forward(
         self, x: Tensor, past: Tensor, positions: Tensor, need_weights: bool = False

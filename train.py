@@ -155,7 +155,7 @@ def find_device(name: str) -> torch.device:
         name = f"cuda:{LOCAL_RANK}"
     try:
         torch.zeros(1, device=name).item()  # the meta device has no numbers
-    except (RuntimeError, AssertionError) as error:  # torch raises either
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch raises any
         fail(f"--device {name} cannot be used: {error}; try --device cpu")
     return torch.device(name)
 
@@ -179,7 +179,7 @@ class Text:
         self.name = name
         self.length = file.seek(0, os.SEEK_END)
         if self.length == 0:
-            fail(f"--data {name} is not there or has no text: name a file or folder that has")
+            fail(f"--data {name} is no file or folder with text: name one")
         self.split = self.length - min(self.length // 10, 2**16)  # where held-out text begins
         held_out = hashlib.sha256(self.read(self.split, self.length))
         self.fingerprint = f"{self.length} {held_out.hexdigest()}"  # enough to tell another text
@@ -194,16 +194,18 @@ class Text:
 
 def find_text(data: str) -> Text:
     """The text that `--data` names: a file is read where it stands, a folder is joined."""
-    path = Path(data)
+    path = Path(data or os.devnull)  # an empty name is not the current folder's
     if data == "tinyshakespeare":
         path = fetch_tiny_shakespeare()
     if path.is_file():
         return Text(open(path, "rb", buffering=0), data)
     if data == "stdlib":
-        paths = Path(sysconfig.get_path("stdlib")).glob("[!_]*.py")
+        paths = sorted(Path(sysconfig.get_path("stdlib")).glob("[!_]*.py"))
     else:
-        paths = path.rglob("*")
-    parts = [path.read_bytes() for path in sorted(paths) if path.is_file()]
+        paths = sorted(path.rglob("*"))
+    for folder in filter(Path.is_dir, paths):
+        os.listdir(folder)  # raises where rglob passes over what it may not read
+    parts = [path.read_bytes() for path in paths if path.is_file()]
     return Text(BytesIO(b"".join(parts)), data)
 
 
@@ -271,8 +273,7 @@ def make_optimizer(model: CompressiveTransformer) -> torch.optim.Optimizer:
 
 def to_tokens(rows: list[bytes], device: torch.device) -> Tensor:
     """Rows of bytes as tokens `[B, T]`."""
-    tokens = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
-    tokens = tokens.view(len(rows), -1)
+    tokens = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
     if device.type == "cuda":
         tokens = tokens.pin_memory()  # only then does the host not wait for the copy
     return tokens.to(device, non_blocking=True).long()
@@ -542,8 +543,7 @@ def run(args: Namespace, state: dict | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        args, state = parse(argv)
-        run(args, state)
+        run(*parse(argv))
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except OSError as error:
@@ -555,6 +555,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # For a terminal that cannot show all of UTF-8, and a log that is read while it grows.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # terminals without UTF-8; logs
     main()

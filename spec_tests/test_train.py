@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -333,15 +334,17 @@ def test_a_terminal_shows_one_live_line():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--data nowhere.txt", "--data nowhere.txt is not there or has no text: name a"),
-        ("--data empty", "--data empty is not there or has no text"),
+        ("--data nowhere.txt", "--data nowhere.txt is no file or folder with text: name one"),
+        ("--data empty", "--data empty is no file or folder with text"),
         ("--eval-mem-len 0", "eval_mem_len must be at least compression_rate - 1 = 1, got 0"),
         ("--eval-c-mem-len -1", "eval_c_mem_len must be an integer of at least 0, got -1"),
         ("--eval-only", "--eval-only and --sample need a run: add --resume RUN"),
         ("--sample", "--eval-only and --sample need a run: add --resume RUN"),
         ("--resume nowhere", "nowhere/checkpoint.pt: No such file"),
         ("--data short --batch-size 8", "--data short is too short for 8 rows: name a longer"),
-        ("--data folder", "--data folder is not there or has no text"),
+        ("--data folder", "--data folder is no file or folder with text"),
+        ("--data=", "--data  is no file or folder with text"),
+        ("--device privateuseone", "--device privateuseone cannot be used: .*; try --device cpu"),
         ("--out taken", "--out taken is not empty: name a new folder"),
         ("--out short", "short: File exists"),
         ("--out short/run", "short/run: Not a directory"),
@@ -376,12 +379,38 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert (tmp_path / "taken/metrics.jsonl").read_text() == "precious"
 
 
+def test_a_folder_that_cannot_be_read_whole_is_refused(tmp_path: Path, here, monkeypatch):
+    """Its files are not left out without a word."""
+    (tmp_path / "folder/closed").mkdir(parents=True)
+    (tmp_path / "folder/text").write_bytes(TEXT)
+
+    def listdir(path: Path, original=os.listdir) -> list[str]:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)  # root may read all
+    result = here("--data", "folder", *TINY, "--steps", 1)
+    refused(result, "folder/closed: Permission denied")
+
+
 @pytest.mark.elsewhere
 def test_a_refusal_ends_the_process_with_status_2_and_no_traceback():
     with empty_folder() as folder:
         (folder / "text").write_bytes(TEXT)
         refused(run("--data", "text", "--n-heads", 3, cwd=folder), "d_model must be divisible by")
         assert [path.name for path in folder.iterdir()] == ["text"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no shell that closes a file")
+@pytest.mark.elsewhere
+def test_output_may_be_closed():
+    with empty_folder() as folder:
+        (folder / "text").write_bytes(TEXT)
+        command = shlex.join([sys.executable, str(TRAIN), "--data", "text", *TINY, "--steps", "1"])
+        done = run("-c", f"{command} --out run >&-", cwd=folder, command=("sh",))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (folder / "run/sample.txt").exists()
 
 
 @pytest.mark.elsewhere
@@ -402,7 +431,7 @@ def test_names_that_are_no_text_are_shown_as_far_as_they_can_be():
         assert run("--resume", name + "run", "--eval-only", cwd=folder).returncode == 0
         refused(
             run("--data", name + "?", cwd=folder),
-            r"t\S+ \S+\[31m \$x\? is not there or has no text",
+            r"t\S+ \S+\[31m \$x\? is no file or folder with text",
         )
 
 
