@@ -37,7 +37,7 @@ def test_MOD_1_without_compressed_memory_it_is_transformer_xl(impl: Implementati
         where = f"in step {n} of segments of {schedule}"
         if compressing is not None and impl.declared.start == "empty":
             same = impl.step(compressing, segment, state)
-            close(f"logits {where}", step.logits, same.logits)
+            close(f"logits {where}", step.logits, same.logits, impl.tolerance)
         state = step.state
         what = f"slots of memory and compressed memory {where}"
         lengths = [len(expected[n].mem[0]), 0]
