@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-VERSION = "3.0"  # README.md has what changed with each
+VERSION = "3.1"  # README.md has what changed with each
 
 
 class Rule(NamedTuple):
