@@ -907,6 +907,23 @@ def test_usage_is_the_mean_attention_of_those_that_saw_a_slot():
     assert torch.equal(api.MostUsedCompression.usage(weights, 5), torch.full((2, 5), 3.0))
 
 
+def test_most_used_asks_for_attention_only_where_memories_leave(monkeypatch):
+    """Attention that returns its weights takes no shortcut."""
+    model = make(compression="most_used", mem_len=4)
+    asked = []
+
+    def forward(self, *args: object, original=api.FasterAttention.forward):
+        asked.append(args[-1])
+        return original(self, *args)
+
+    monkeypatch.setattr(api.FasterAttention, "forward", forward)
+    memory = None
+    for length in (3, 1, 1):
+        memory = model(tokens(SMALL, 2, length), memory).memory
+    layers = len(model.layers)
+    assert asked == 2 * layers * [False] + layers * [True]
+
+
 def test_parts_refuse_what_does_not_fit():
     conv = api.Conv1dCompression(8, 3)
     used = api.MostUsedCompression(8, 3)
