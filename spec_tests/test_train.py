@@ -26,6 +26,7 @@ import torch
 import train as trainer
 
 from .adapters.reference import Adapter as Reference
+from .train_kill import start, wait
 
 api = Reference().module
 
@@ -283,8 +284,8 @@ def test_a_folder_of_any_bytes_is_read_in_order(tmp_path: Path, here):
     for name in ("texts", "one"):
         text = trainer.find_text(name)
         assert text.length == len(expected)
-        for start, end in ((0, 1068), (700, 800), (768, 769), (767, 768), (1000, 1068), (5, 5)):
-            assert text.read(start, end) == expected[start:end]
+        for begin, end in ((0, 1068), (700, 800), (768, 769), (767, 768), (1000, 1068), (5, 5)):
+            assert text.read(begin, end) == expected[begin:end]
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
@@ -428,11 +429,12 @@ def test_names_that_are_no_text_are_shown_as_far_as_they_can_be():
         lines = done.stdout.splitlines()
         assert re.match(r"2,160 bytes of t\S+\[31m \$x; .*; results in t\S+\[31m \$xrun$", lines[0])
         assert lines[-1].startswith("val_bpc=")
-        assert run("--resume", name + "run", "--eval-only", cwd=folder).returncode == 0
-        refused(
-            run("--data", name + "?", cwd=folder),
-            r"t\S+ \S+\[31m \$x\? is no file or folder with text",
-        )
+        status, printed = wait(start(folder, "--resume", name + "run", "--eval-only"), folder)
+        assert status == 0, printed
+        status, printed = wait(start(folder, "--data", name + "?"), folder)
+        assert status == 2
+        message = r"train.py: --data t\S+ \S+\[31m \$x\? is no file or folder with text: name one\n"
+        assert re.fullmatch(message, printed)
 
 
 @pytest.mark.elsewhere
