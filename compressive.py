@@ -459,7 +459,8 @@ def attention_reconstruction_loss(
     key_value = attention.key_value
     if is_plain_linear(key_value):
         kv = F.linear(compressed, key_value.weight.detach())
-    elif torch.is_grad_enabled():  # its parameters are exchanged while no other thread may call it
+    elif torch.is_grad_enabled():  # an adapter, say, or quantised
+        # Its parameters are exchanged during the call: no other thread may run it then.
         constants = {name: p.detach() for name, p in key_value.named_parameters()}
         kv = functional_call(key_value, constants, (compressed,))
     else:
