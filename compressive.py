@@ -219,8 +219,9 @@ def is_plain_linear(layer: nn.Module) -> bool:
     of all modules), bias, parametrisation, or weight of another kind (quantised, sharded)."""
     if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
         return False
-    hooked = any(value for name, value in vars(layer).items() if name.endswith("_hooks"))
-    return layer.bias is None and "forward" not in vars(layer) and not hooked
+    attributes = vars(layer)
+    hooks = [name for name in attributes if name.endswith("_hooks") and attributes[name]]
+    return layer.bias is None and "forward" not in attributes and not hooks
 
 
 # --------------------------------------------------- for speed alone: all works without it, too
