@@ -219,9 +219,9 @@ def is_plain_linear(layer: nn.Module) -> bool:
     of all modules), bias, parametrisation, or weight of another kind (quantised, sharded)."""
     if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
         return False
-    attributes = vars(layer)
-    hooks = [name for name in attributes if name.endswith("_hooks") and attributes[name]]
-    return layer.bias is None and "forward" not in attributes and not hooks
+    hooks = [layer._forward_hooks, layer._forward_pre_hooks]
+    hooks += [layer._backward_hooks, layer._backward_pre_hooks]
+    return layer.bias is None and "forward" not in vars(layer) and not any(hooks)
 
 
 # --------------------------------------------------- for speed alone: all works without it, too
