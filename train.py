@@ -556,5 +556,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it is closed
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # terminals without UTF-8; logs
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # for any terminal, and a log
     main()

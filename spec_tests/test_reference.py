@@ -1055,6 +1055,22 @@ def test_a_temperature_may_be_a_number_of_another_kind():
     assert torch.equal(*written)
 
 
+def test_the_loss_trains_f_c_alone_where_a_layer_is_wrapped_too():
+    model = make()
+    wrapped = copy.deepcopy(model)
+    for layer in wrapped.layers:
+        layer.attention.key_value.register_forward_hook(lambda *args: None)
+    text = tokens(SMALL, 2, 8)
+    for one in (model, wrapped):
+        one(text).compression_loss.backward()
+    of_compression = {id(p) for p in wrapped.parameter_groups()[1]}
+    for expected, found in zip(model.parameters(), wrapped.parameters(), strict=True):
+        if id(found) in of_compression:
+            close([found.grad], [expected.grad])
+        else:
+            assert found.grad is None
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_no_parameter_is_exchanged_while_another_thread_may_read_it(monkeypatch, wrapped: bool):
     """A server runs one model in several threads. What the loss holds constant is no other tensor

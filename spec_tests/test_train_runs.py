@@ -647,7 +647,7 @@ def test_the_replica_is_gone_before_the_group_of_processes():
     assert "replicas: 0\n" in printed
 
 
-# process 1 gets a signal in a step
+# In both, process 1 gets a signal in one of its steps.
 STOPPED = f"""import signal, sys
 sys.path.insert(0, {str(TRAIN.parent)!r})
 import train
