@@ -4,11 +4,11 @@ Meanwhile this process runs all others, the rules first."""
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
 
+from .processes import process_context
 from .report import rules_of
 from .support import prepare, torch_random
 
@@ -43,9 +43,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             chosen.append(item)
     if len(chosen) < 2 or session.config.option.collectonly:
         return  # one alone runs here, where pytest explains more and a debugger can step in
-    context = get_context("spawn")  # a fork would not survive what torch has started
     settings = session.config.option.spec_profile, session.config.option.spec_seed, torch.float64
-    pool = ProcessPoolExecutor(AT_A_TIME, context, initializer=prepare, initargs=settings)
+    pool = ProcessPoolExecutor(AT_A_TIME, process_context(), initializer=prepare, initargs=settings)
     for item in chosen:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         begun[item] = pool.submit(call, item.function, parameters)

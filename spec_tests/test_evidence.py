@@ -15,6 +15,8 @@ from pytest import approx
 
 from benchmarks import evidence, evidence_report
 
+from .processes import process_context
+
 
 def test_recall_asks_for_what_was_written():
     symbols, distances = evidence.recall_row(random.Random(0), 20_000)
@@ -85,8 +87,8 @@ def test_intervals_are_students():
 
 
 def run(*options: str) -> str:
-    """evidence.py's main in this process, where torch is loaded already, on few rows: what it
-    prints."""
+    """evidence.py's main in this process and forks that have torch loaded already, on few rows:
+    what it prints."""
     printed = io.StringIO()
 
     def make_jobs(*choices, original=evidence.make_jobs) -> list[evidence.Job]:
@@ -94,6 +96,7 @@ def run(*options: str) -> str:
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(evidence, "make_jobs", make_jobs)
+        patch.setattr(evidence, "get_context", lambda kind: process_context())
         patch.setattr(sys, "argv", [evidence.__file__, *options])
         evidence.main()
     return printed.getvalue()

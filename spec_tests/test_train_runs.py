@@ -1,7 +1,9 @@
 """Long runs of train.py: what is killed, stopped, damaged or spread over processes."""
 
+import contextlib
 import gc
 import importlib
+import io
 import math
 import os
 import pickle
@@ -488,12 +490,12 @@ def test_a_file_larger_than_memory_is_read_where_it_stands(tmp_path: Path, here,
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB, or bytes
 
 
-def test_compilation_ends_once_memory_is_full(text: Path, here, monkeypatch):
+@pytest.mark.elsewhere
+def test_compilation_ends_once_memory_is_full():
     """Memory grows for 14 segments, compressed memory for as many more: no length is compiled for
     itself."""
     counter = CompileCounter()
     plain = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend=counter))
     torch._dynamo.reset()
     counts = []  # in each step, those of the steps before
 
@@ -501,14 +503,22 @@ def test_compilation_ends_once_memory_is_full(text: Path, here, monkeypatch):
         counts.append(counter.frame_count)
         return original(*args)
 
-    monkeypatch.setattr(trainer, "to_tokens", to_tokens)
     lengths = "--n-layers 1 --segment 4 --mem-len 56 --c-mem-len 28 --steps 44".split()
-    options = ["--data", text, *TINY, *lengths]
-    assert here(*options, "--compile", "--out", "compiled").returncode == 0
-    assert 0 < counts[34] == counts[44]
-    assert sum(before < after for before, after in pairwise(counts)) <= 6  # steps that compiled
-    assert here(*options, "--out", "eager").returncode == 0
-    assert farthest(Path("compiled"), Path("eager")) < 1e-5
+    options = ["--data", "text", *TINY, *lengths]
+    with (
+        empty_folder() as folder,
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        (folder / "text").write_bytes(TEXT)
+        patch.chdir(folder)
+        patch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend=counter))
+        patch.setattr(trainer, "to_tokens", to_tokens)
+        trainer.main([*options, "--compile", "--out", "compiled"])
+        assert 0 < counts[34] == counts[44]
+        assert sum(before < after for before, after in pairwise(counts)) <= 6  # steps that compiled
+        trainer.main([*options, "--out", "eager"])
+        assert farthest(folder / "compiled", folder / "eager") < 1e-5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, whose waits it watches")
@@ -559,11 +569,12 @@ def launch(
 
 @pytest.mark.elsewhere
 def test_killed_runs_end_as_one_left_alone():
-    command = (sys.executable, "-m", "spec_tests.train_kill", "--times", 5)
-    done = run(cwd=TRAIN.parent, command=command)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("5 kills, ")
-    assert done.stdout.endswith("every run ended bitwise as one that was left alone\n")
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["train_kill", "--times", "5"])
+        train_kill.main()
+    assert printed.getvalue().startswith("5 kills, ")
+    assert printed.getvalue().endswith("every run ended bitwise as one that was left alone\n")
 
 
 @pytest.mark.elsewhere
@@ -583,15 +594,22 @@ def test_signals_of_a_user_reach_the_process():
         assert errors.startswith("train.py: stopped after step ") and errors.count("\n") == 1
 
 
+def limited(options: Sequence[object]) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+    train_as_new(options)
+
+
 @pytest.mark.elsewhere
 def test_a_limit_of_the_system_on_files_is_one_line_too():
     with empty_folder() as folder:
         (folder / "text").write_bytes(TEXT)
-        limit = f"ulimit -f 1000; exec {sys.executable} {TRAIN} --data text --out run --steps 4"
-        refused(
-            run(cwd=folder, command=("sh", "-c", limit)),
-            "run/checkpoint.pt could not be written: File too large",
-        )
+        options = ["--data", "text", "--out", "run", "--steps", 4]
+        status, printed = wait(start(folder, *options, main=limited), folder)
+        assert status == 2
+        message = "train.py: run/checkpoint.pt could not be written: File too large; nothing was "
+        assert printed.splitlines()[1].startswith(message) and printed.count("\n") == 2
         assert list((folder / "run").iterdir()) == []
 
 

@@ -1,8 +1,5 @@
-"""The suite run as its users do, in a folder of theirs. Where the system forks well, in a fork of a
-process that has loaded torch, and nothing of this project: a new one takes seconds for that. (Its
-environment is that of the first run.)"""
+"""The suite run as its users do, in a folder of theirs."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FORKS = sys.platform == "linux"
+from ..processes import FORKS, process_context
 
 
 def run_pytest(folder: Path, arguments: list[str], fork: bool = FORKS) -> tuple[int, str, str]:
@@ -23,9 +20,7 @@ def run_pytest(folder: Path, arguments: list[str], fork: bool = FORKS) -> tuple[
     err = folder / "err.txt"
     for file in (out, err):
         file.write_text("")
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch", "hypothesis", "pytest"])
-    process = server.Process(target=pytest_main, args=(folder, arguments))
+    process = process_context().Process(target=pytest_main, args=(folder, arguments))
     process.start()
     process.join()
     return process.exitcode, out.read_text(), err.read_text()

@@ -26,7 +26,7 @@ from .variants import VARIANTS, TimeFirst
 
 SOURCE = open(reference.compressive.__file__).read()
 QUICK = hypothesis.settings.get_profile("quick")
-hypothesis.settings.register_profile("few", QUICK, max_examples=5)
+hypothesis.settings.register_profile("few", QUICK, max_examples=3)
 hypothesis.settings.register_profile("many", QUICK, max_examples=100)
 
 
