@@ -192,14 +192,16 @@ class RelativeMultiHeadAttention(nn.Module):
         read, weights = relative_attention(
             q, k, v, r, self.content_bias, self.position_bias, self.dropout
         )
-        output = self.output(read.movedim(0, 2).flatten(2))
+        side_by_side = read.movedim(0, 2).flatten(2)  # [B, T, D]
+        output = self.output(side_by_side)
         if not need_weights:
             return output, None
         return output, weights.transpose(0, 1)
 
     def project(self, x: Tensor, past: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Queries `[H, B, T, K]`, keys and values `[H, B, S, K]`, and W_R R `[H, S, K]`."""
-        q = self.heads(self.query(x)).contiguous()  # else each of its two products copies it
+        q = self.heads(self.query(x))
+        q = q.contiguous()  # else each of its two products copies it
         # Apart: in one product of both, the past's gradient would be computed, too.
         kv_past = self.heads(self.key_value(past))
         kv_x = self.heads(self.key_value(x))
@@ -211,7 +213,8 @@ class RelativeMultiHeadAttention(nn.Module):
         """`[..., N, D] -> [H, ..., N, K]`, and `[..., N, 2*D] -> [2*H, ..., N, K]`: the heads of
         the keys, then those of the values. Heads come first, since all rows share W_R R: one matrix
         product a head."""
-        return x.unflatten(-1, (-1, self.head_dim)).movedim(-2, 0)
+        by_head = x.unflatten(-1, (-1, self.head_dim))
+        return by_head.movedim(-2, 0)
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
@@ -248,7 +251,8 @@ class FasterAttention(RelativeMultiHeadAttention):
             read = self.attend_to_slots(x, past, positions)
         else:
             read = self.attend_in_groups(*self.project(x, past, positions))
-        return self.output(read.movedim(0, 2).flatten(2)), None
+        side_by_side = read.movedim(0, 2).flatten(2)
+        return self.output(side_by_side), None
 
     def attend_to_slots(self, x: Tensor, past: Tensor, positions: Tensor) -> Tensor:
         """What the heads read, `[H, B, T, K]`, by products with the slots themselves."""
