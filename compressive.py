@@ -61,7 +61,7 @@ class Config:
     c_mem_len: Annotated[int, "N_cm, slots of compressed memory that a layer keeps"] = 32
     compression_rate: Annotated[int, "c, memories that become one compressed slot"] = 4
     compression: Annotated[str, "f_c: conv, dilated_conv, most_used, mean_pool, max_pool"] = "conv"
-    compression_loss: Annotated[str, "attention, autoencoding or none (bptt alone)"] = "attention"
+    compression_loss: Annotated[str, "attention, autoencoding, or none (for bptt)"] = "attention"
     norm_first: Annotated[bool, "pre-norm, x + f(LN(x)); if not, post-norm, LN(x + f(x))"] = True
     dropout: Annotated[float, "of embeddings, attention weights and both branches of a layer"] = 0.0
     bptt: Annotated[bool, "memories keep their graph: later losses reach f_c through them"] = False
@@ -150,8 +150,9 @@ def relative_attention(
         score(t, j) = [ (q_t + u) . k_j  +  (q_t + v) . W_R R_(t-j) ] / sqrt(K)
 
     Queries `q [H, B, T, K]`, keys and values `k` and `v [H, B, S, K]`, `r [H, S, K]` (W_R R of the
-    distances S - 1, ..., 0), and the equation's biases u and v, `[H, K]`. Returns what the heads
-    read, `[H, B, T, K]`, and the attention weights, `[H, B, T, S]`, before dropout.
+    distances S - 1, ..., 0), and the equation's u and v, `content_bias` and `position_bias [H, K]`.
+    Returns what the heads read, `[H, B, T, K]`, and the attention weights, `[H, B, T, S]`, before
+    dropout.
     """
     scale = q.size(-1) ** -0.5
     q_content = scale * (q + content_bias[:, None, None])
@@ -697,9 +698,9 @@ def sample(
         raise ValueError("the logits are not finite: look at the model's weights")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    # Differences to the largest, and no less than 1e-30, so that nothing overflows.
+    # Differences to the largest, over what float32 can divide by, so that nothing overflows.
     logits = logits.float() - logits.amax(dim=-1, keepdim=True)
-    logits = logits / max(float(temperature), 1e-30)
+    logits = logits / min(max(float(temperature), 1e-30), 1e30)
     if top_k is None:
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
     kept = logits.topk(min(top_k, logits.size(-1)))
@@ -732,11 +733,9 @@ def check_config(config: Config) -> None:
     need(config.d_model % 2 == 0, "d_model", "even (a sine and a cosine for each frequency)")
     if config.c_mem_len > 0:  # an eviction takes up to c - 1 slots more than overflowed
         need(config.mem_len >= rate - 1, "mem_len", f"at least compression_rate - 1 = {rate - 1}")
-    for name, choices in (
-        ("compression", tuple(COMPRESSIONS)),
-        ("compression_loss", COMPRESSION_LOSSES),
-    ):
-        need(getattr(config, name) in choices, name, f"one of {', '.join(choices)}")
+    choices = {"compression": tuple(COMPRESSIONS), "compression_loss": COMPRESSION_LOSSES}
+    for name, known in choices.items():
+        need(getattr(config, name) in known, name, f"one of {', '.join(known)}")
         object.__setattr__(config, name, str(getattr(config, name)))
     number = isinstance(config.dropout, numbers.Real)
     need(number and 0 <= config.dropout < 1, "dropout", "a number in [0, 1)")
@@ -769,7 +768,8 @@ def check_input(model: CompressiveTransformer, tokens: Tensor, memory: Memory | 
             if not isinstance(slots, Tensor):
                 raise TypeError(f"{where} must be a tensor, got {type(slots)}")
             shape = list(slots.shape)
-            expected = [tokens.size(0), *layers[0].shape[1:2], weight.size(1)]
+            slots_of_first = layers[0].shape[1:2]  # of a tensor of any shape
+            expected = [tokens.size(0), *slots_of_first, weight.size(1)]
             if shape != expected:
                 raise ValueError(f"{where} must be [B, slots, D] = {expected}, got {shape}")
             if slots.dtype != weight.dtype:

@@ -1137,8 +1137,10 @@ def test_logits_that_are_not_finite_are_no_text(temperature):
         model.generate(tokens(SMALL, 1, 3), 1, temperature=temperature)
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"top_k": 5}])
-def test_a_token_can_be_ruled_out(settings: dict[str, int]):
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {}, {"top_k": 5}, {"temperature": math.inf}]
+)
+def test_a_token_can_be_ruled_out(settings: dict[str, float]):
     model = make()
     with torch.no_grad():
         model.logits.bias[1:] = -math.inf
