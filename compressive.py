@@ -467,7 +467,8 @@ def attention_reconstruction_loss(
         kv = F.linear(compressed, key_value.weight.detach())
     elif torch.is_grad_enabled():  # an adapter, say, or quantised
         # Its parameters are exchanged during the call: no other thread may run it then.
-        constants = {name: p.detach() for name, p in key_value.named_parameters()}
+        trained = {name: p for name, p in key_value.named_parameters() if p.requires_grad}
+        constants = {name: p.detach() for name, p in trained.items()}
         kv = functional_call(key_value, constants, (compressed,))
     else:
         kv = key_value(compressed)

@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, default=time.strftime("runs/%Y-%m-%d_%H-%M-%S"), help="its new folder")
-    add("--resume", default="", help="go on with the run in this folder, with its settings")
+    add("--resume", help="go on with the run in this folder, with its settings")
     add("--eval-only", action="store_true", help="only evaluate the run")
     add("--sample", action="store_true", help="only generate from the run")
     add("--prompt", default="", help="text for --sample to continue; by default held-out text")
@@ -110,7 +110,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     """The settings, and the checkpoint of the run to go on with, from which they then come."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if not args.resume:
+    if args.resume is None:
         if args.eval_only or args.sample:
             fail("--eval-only and --sample need a run: add --resume RUN")
         return args, None
@@ -128,8 +128,8 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict | None]:
 def make_configs(args: Namespace) -> tuple[Config, Config]:
     """The model's settings in training and in evaluation. Refuses all that cannot work."""
     for name in ("steps", "batch_size", "segment", "save_every", "sample_bytes", "lr"):
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"{name} must be above 0, got {getattr(args, name)}")
+        if not 0 < getattr(args, name) < 2**31:
+            fail(f"{name} must be above 0 and below 2**31, got {getattr(args, name)}")
     if not 0 <= args.seed < 2**32:
         fail(f"seed must be at least 0 and below 2**32, got {args.seed}")
     if args.batch_size % WORLD_SIZE:
@@ -300,9 +300,6 @@ def train(
 ) -> tuple[dict, float]:
     """Train to the last step, or until SIGINT or SIGTERM, for which the step ends first. Returns
     what the last checkpoint has, and how many tokens were read a second."""
-    metrics = args.out / "metrics.jsonl"
-    if not state and RANK == 0 and any(args.out.glob("[!.]*")):
-        fail(f"--out {args.out} is not empty: name a new folder, so that no run is lost")
     if LAUNCHED:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
@@ -329,7 +326,10 @@ def train(
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
     if RANK == 0:
+        if not state and any(args.out.glob("[!.]*")):  # looked at just before it is written to
+            fail(f"--out {args.out} is not empty: name a new folder, so that no run is lost")
         args.out.mkdir(parents=True, exist_ok=True)
+        metrics = args.out / "metrics.jsonl"
         if metrics.exists():  # the lines after the checkpoint go
             lines = metrics.read_bytes().splitlines(keepends=True)
             write_atomically(metrics, b"".join(lines[:step]))
@@ -380,8 +380,7 @@ def train(
         if last:
             break
 
-        # A step, in which the host waits for no device. All that is drawn at random depends on the
-        # seed: a resumed run draws what one left alone would.
+        # A step. The host waits for no device; what is drawn depends on seed, step and process.
         torch.manual_seed((args.seed * args.steps + step) * WORLD_SIZE + RANK)
         begin = step % segments * args.segment
         end = min(begin + args.segment, row_length)
@@ -418,8 +417,8 @@ def train(
         del parallel  # if it ends after the group, it can wait for a thread that waits for it
         dist.destroy_process_group()
     if stop:
-        again = shlex.quote(str(args.out))
-        fail(f"stopped after step {step}; to go on: --resume {again}", 128 + stop)
+        out = shlex.quote(str(args.out))
+        fail(f"stopped after step {step}; to go on: --resume {out}", 128 + stop)
     return state, speed
 
 
@@ -449,15 +448,17 @@ def report(args: Namespace, end: int, means: Tensor, speed: float) -> None:
         width = shutil.get_terminal_size().columns - 1
         print(f"\r{line[:width]}\x1b[K", end="", flush=True)
     else:
-        print(line)
+        try:
+            print(line)
+        except BrokenPipeError:  # Ctrl-C ends `| tee log`, too, and the run is still to be saved
+            sys.stdout = open(os.devnull, "w")
 
 
 # --------------------------------------------------------------------- evaluation, samples, main
 
 
 def evaluate(model: CompressiveTransformer, text: Text, segment: int) -> float:
-    """Bits per character of the held-out text, one stream of which every byte is scored once
-    while memory streams over it."""
+    """Bits per character of the held-out text, read as one stream, each byte once."""
     memory = None
     nats = 0.0
     for start in range(text.split, text.length, segment):
@@ -525,8 +526,7 @@ def run(args: Namespace, state: dict | None) -> None:
             written = sample(model, text, args)
             print(written, end="")
         if training or args.eval_only:
-            segment = max(args.segment, args.mem_len, 32)  # by 16 it takes twice as long
-            bpc = evaluate(model, text, segment)
+            bpc = evaluate(model, text, max(args.segment, args.mem_len, 32))  # by 16: twice as long
     if not training:
         if args.eval_only:
             print(f"val_bpc={bpc:.4f}")

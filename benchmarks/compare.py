@@ -425,6 +425,10 @@ def main() -> None:
     add("--rounds", type=int, default=5, help="turns of each implementation")
     add("--seconds", type=float, default=1.0, help="of a turn, about")
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is none")
     peers = []
     for peer in PEERS:
         try:

@@ -44,10 +44,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if len(chosen) < 2 or session.config.option.collectonly:
         return  # one alone runs here, where pytest explains more and a debugger can step in
     settings = session.config.option.spec_profile, session.config.option.spec_seed, torch.float64
-    pool = ProcessPoolExecutor(AT_A_TIME, process_context(), initializer=prepare, initargs=settings)
+    pool = ProcessPoolExecutor(AT_A_TIME, process_context(), initializer=begin, initargs=settings)
     for item in chosen:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         begun[item] = pool.submit(call, item.function, parameters)
+
+
+def begin(*settings: object) -> None:
+    if hasattr(os, "nice"):
+        os.nice(5)  # or the one process that runs all others would be the last
+    prepare(*settings)
 
 
 def call(test: Callable, parameters: Mapping[str, object]) -> None:

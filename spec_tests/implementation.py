@@ -316,7 +316,7 @@ def load(spec: str, device: torch.device = CPU, dtype: str | None = None) -> Imp
             adapter = adapter()
     except ModuleNotFoundError as error:
         raise Unusable(f"it needs {error.name}, which is not installed") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the latter of a module that reads the command line
         raise_unusable("importing it", error)
     return Implementation(adapter, spec, device, dtype)
 
@@ -343,7 +343,7 @@ def place_of(error: BaseException) -> str:
     return places[-1] if places else ""
 
 
-def raise_unusable(doing: str, error: Exception) -> NoReturn:
+def raise_unusable(doing: str, error: BaseException) -> NoReturn:
     """Say in one line what an adapter raised, and where."""
     if isinstance(error, Unusable):
         raise error

@@ -1071,6 +1071,27 @@ def test_the_loss_trains_f_c_alone_where_a_layer_is_wrapped_too():
             assert found.grad is None
 
 
+def test_a_frozen_weight_of_its_own_kind_is_called_as_it_is():
+    """As quantised ones are, which need what they have beside their numbers."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * self.weight.scale)
+
+    model = make()
+    text = tokens(SMALL, 2, 8)
+    expected = model(text).compression_losses
+    for layer in model.layers:
+        weight = layer.attention.key_value.weight
+        scaled = Scaled(weight.size(1), weight.size(0), bias=False)
+        scaled.weight = nn.Parameter(weight.detach() / 2, requires_grad=False)
+        scaled.weight.scale = 2
+        layer.attention.key_value = scaled
+    found = model(text).compression_losses
+    assert (found > 0).all()
+    close([found], [expected])
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_no_parameter_is_exchanged_while_another_thread_may_read_it(monkeypatch, wrapped: bool):
     """A server runs one model in several threads. What the loss holds constant is no other tensor

@@ -102,6 +102,22 @@ def test_a_second_signal_ends_the_process_at_once(text: Path, here, monkeypatch)
     assert handlers == [signal.SIG_DFL]
 
 
+def test_a_reader_of_the_output_that_ends_costs_no_step(text: Path, here, monkeypatch):
+    """As Ctrl-C ends `tee`, too, in `train.py | tee log`."""
+
+    class Pipe(io.StringIO):
+        def write(self, line: str) -> int:
+            if line.startswith("step"):
+                raise BrokenPipeError(32, "Broken pipe")
+            return len(line)
+
+    monkeypatch.setattr(trainer, "to_tokens", stopping(37, signal.SIGINT))
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    stopped = here("--data", text, *TINY, "--steps", 130, "--out", "run")
+    assert stopped.stderr == "train.py: stopped after step 37; to go on: --resume run\n"
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 37
+
+
 def test_an_interrupt_outside_of_training_ends_the_run_in_one_line(text: Path, here, monkeypatch):
     def evaluate(*args: object) -> None:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -444,6 +444,7 @@ def test_markdown_has_a_line_for_every_rule_that_was_run_and_every_failure_once(
     [
         ("import a_package_of_nobody", "it needs a_package_of_nobody, which is not installed"),
         ("def adapter(:", "importing it raised SyntaxError"),
+        ("import sys; sys.exit('usage: a model')", "importing it raised SystemExit"),
         (
             "class Adapter:\n    def __init__(self):\n        None.x",
             r"AttributeError in .*:3, in __init__: ",
