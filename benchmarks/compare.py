@@ -413,7 +413,7 @@ def conditions(args: argparse.Namespace, peers: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--tables", nargs="+", choices=TITLES, default=list(TITLES))
     add("--settings", nargs="+", choices=SETTINGS, default=["seed", "small", "medium", "long"])
