@@ -1,4 +1,4 @@
-"""Processes of their own, soon."""
+"""Processes that begin without waiting for imports."""
 
 import multiprocessing
 import sys
