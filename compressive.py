@@ -282,12 +282,12 @@ class FasterAttention(RelativeMultiHeadAttention):
         return torch.einsum("hbtd,hkd->hbtk", read_past + read_x, w_v)
 
     def attend_in_groups(self, q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
-        """What the heads read, `[H, B, T, K]`, some heads at a time."""
-        group = q.size(0)
-        if q.device.type == "cpu":
-            scores_of_a_head = q.size(1) * q.size(2) * k.size(2)
-            group = max(1, self.SCORES_AT_ONCE // scores_of_a_head)
+        """What the heads read, `[H, B, T, K]`, some heads at a time if all are too many."""
+        scores_of_a_head = q.size(1) * q.size(2) * k.size(2)
+        group = max(1, self.SCORES_AT_ONCE // scores_of_a_head)
         of_all_heads = (q, k, v, r, self.content_bias, self.position_bias)
+        if q.device.type != "cpu" or group >= q.size(0):
+            return relative_attention(*of_all_heads, self.dropout)[0]
         split = [part.split(group) for part in of_all_heads]
         read = []
         for of_some_heads in zip(*split, strict=True):
@@ -458,9 +458,9 @@ def attention_reconstruction_loss(
         scores = (q.size(-1) ** -0.5 * q) @ k.mT
         return scores.softmax(dim=-1, dtype=scores.dtype) @ v
 
-    with torch.no_grad():  # lines 3 to 5: h, old_mem, Q, K and V are constant
-        q = attention.heads(attention.query(h))
-        target = attend(q, attention.key_value(old))
+    # Lines 3 to 5: h, old_mem, Q, K and V are constant.
+    q = attention.heads(attention.query(h)).detach()
+    target = attend(q, attention.key_value(old)).detach()
     # Line 5 for new_cm: K and V are constant here, too, but the gradient passes through them.
     key_value = attention.key_value
     if is_plain_linear(key_value):

@@ -1071,6 +1071,22 @@ def test_the_loss_trains_f_c_alone_where_a_layer_is_wrapped_too():
             assert found.grad is None
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_forward_mode_sees_what_the_loss_holds_constant_as_constant():
+    model = make()
+    text = tokens(SMALL, 2, 8)
+    parameters = dict(model.named_parameters())
+    tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, parameters, (text,)).compression_loss
+
+    _, found = torch.func.jvp(loss, (parameters,), (tangents,))
+    gradients = torch.func.grad(loss)(parameters)
+    expected = sum((gradients[name] * tangents[name]).sum() for name in parameters)
+    close([found], [expected])
+
+
 def test_a_frozen_weight_of_its_own_kind_is_called_as_it_is():
     """As quantised ones are, which need what they have beside their numbers."""
 

@@ -33,10 +33,8 @@ MEMS = "mem = tuple(output.mem for output in outputs)"
 TURN = "for layer, m, cm in zip(self.layers, mem, c_mem, strict=True):"
 NO_LOSS = "loss = x.new_zeros(())"
 LOSS = "return attention_reconstruction_loss(self.attention, x, old, compressed)"
-QUERIES = "        q = attention.heads(attention.query(h))\n"
-TARGET = "        target = attend(q, attention.key_value(old))\n"
-NO_GRAD = "    with torch.no_grad():  # lines 3 to 5: h, old_mem, Q, K and V are constant\n"
-HELD = NO_GRAD + QUERIES + TARGET
+QUERIES = "q = attention.heads(attention.query(h)).detach()"
+TARGET = "target = attend(q, attention.key_value(old)).detach()"
 CALLED = "F.linear(compressed, key_value.weight.detach())"
 MEAN = "Memory(mem, c_mem), losses.mean()"
 LAYERS = "self.norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()"
@@ -423,8 +421,8 @@ FAULTS = [
     fault(
         "LOSS-1",
         "the loss trains the queries",
-        HELD,
-        QUERIES[4:] + TARGET[4:].replace("(old)", "(old).detach()"),
+        QUERIES,
+        QUERIES.replace(".detach()", ""),
     ),
     fault(
         "LOSS-1",
@@ -436,7 +434,7 @@ FAULTS = [
         "LOSS-1",
         "the memories are not held constant",
         TARGET,
-        TARGET[4:],
+        TARGET.replace(".detach()", ""),
     ),
     fault("LOSS-1", "the block is not held constant", "old = old.detach()", "pass"),
     fault(

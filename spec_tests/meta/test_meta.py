@@ -153,15 +153,15 @@ SWAPPED = (
 WITH_BIAS = (
     (
         "q = attention.heads(attention.query(h))",
-        "q = attention.heads(attention.query(h)) + attention.content_bias[:, None, None]",
+        "q = (attention.heads(attention.query(h)) + attention.content_bias[:, None, None])",
     ),
 )
 PROJECTED = (
     (
-        "return scores.softmax(dim=-1, dtype=scores.dtype) @ v\n\n    with",
+        "return scores.softmax(dim=-1, dtype=scores.dtype) @ v\n\n    # Lines 3",
         "read = scores.softmax(dim=-1, dtype=scores.dtype) @ v\n"
         "        weight = attention.output.weight.detach()\n"
-        "        return read.movedim(0, 2).flatten(2) @ weight.T\n\n    with",
+        "        return read.movedim(0, 2).flatten(2) @ weight.T\n\n    # Lines 3",
     ),
 )
 AFTER = "self.__dict__['between'] = h.detach()"
