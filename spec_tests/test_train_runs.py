@@ -530,10 +530,12 @@ def test_compilation_ends_once_memory_is_full():
         patch.chdir(folder)
         patch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend=counter))
         patch.setattr(trainer, "to_tokens", to_tokens)
+        torch.set_default_dtype(torch.float32)  # that of a new process
         trainer.main([*options, "--compile", "--out", "compiled"])
         assert 0 < counts[34] == counts[44]
         assert sum(before < after for before, after in pairwise(counts)) <= 6  # steps that compiled
         trainer.main([*options, "--out", "eager"])
+        torch.set_default_dtype(torch.float64)
         assert farthest(folder / "compiled", folder / "eager") < 1e-5
 
 
