@@ -120,18 +120,18 @@ def parse(argv: list[str] | None) -> tuple[Namespace, dict | None]:
     args = parser.parse_args(argv)
     for name, value in settings.items():
         if getattr(args, name) != value and name not in WITH_RESUME:
-            option = name.replace("_", "-")
-            fail(f"--{option} cannot be given with --resume: the run has its settings")
+            fail(f"{name} cannot be given with --resume: the run has its settings")
     return args, state
 
 
 def make_configs(args: Namespace) -> tuple[Config, Config]:
     """The model's settings in training and in evaluation. Refuses all that cannot work."""
-    for name in ("steps", "batch_size", "segment", "save_every", "sample_bytes", "lr"):
-        if not 0 < getattr(args, name) < 2**31:
-            fail(f"{name} must be above 0 and below 2**31, got {getattr(args, name)}")
-    if not 0 <= args.seed < 2**32:
-        fail(f"seed must be at least 0 and below 2**32, got {args.seed}")
+    positive = ["steps", "batch_size", "segment", "save_every", "sample_bytes", "lr"]
+    for name, value in vars(args).items():
+        if name in positive and not value > 0:
+            fail(f"{name} must be above 0, got {value}")
+        if isinstance(value, (int, float)) and not abs(value) < 2**31:
+            fail(f"{name} must be between -2**31 and 2**31, got {value}")
     if args.batch_size % WORLD_SIZE:
         fail(f"batch_size must be divisible by {WORLD_SIZE} processes, got {args.batch_size}")
     if args.eval_mem_len is None:
@@ -155,7 +155,7 @@ def find_device(name: str) -> torch.device:
         name = f"cuda:{LOCAL_RANK}"
     try:
         torch.zeros(1, device=name).item()  # the meta device has no numbers
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch raises any
+    except Exception as error:  # torch raises many kinds
         fail(f"--device {name} cannot be used: {error}; try --device cpu")
     return torch.device(name)
 

@@ -43,6 +43,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             chosen.append(item)
     if len(chosen) < 2 or session.config.option.collectonly:
         return  # one alone runs here, where pytest explains more and a debugger can step in
+    # What has parameters is many, and short: it fills up the end.
+    chosen.sort(key=lambda item: hasattr(item, "callspec"))
     settings = session.config.option.spec_profile, session.config.option.spec_seed, torch.float64
     pool = ProcessPoolExecutor(AT_A_TIME, process_context(), initializer=begin, initargs=settings)
     for item in chosen:

@@ -43,6 +43,7 @@ def make(**changes) -> nn.Module:
 
 
 @check(
+    share=2,
     case=cases(steps=(1, 1), longest=12, zeros=True),
     new=st.integers(0, 6),
     given_memory=st.booleans(),

@@ -185,12 +185,12 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(four):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--lr 0.1", "--lr cannot be given with --resume: the run has its settings"),
-        ("--steps 1240", "--steps cannot be given with --resume"),  # the default, given
-        ("--d-model 32", "--d-model cannot be given with --resume"),
-        ("--dtype bfloat16", "--dtype cannot be given with --resume"),
-        ("--norm-first", "--norm-first cannot be given with --resume"),
-        ("--out elsewhere", "--out cannot be given with --resume"),
+        ("--lr 0.1", "lr cannot be given with --resume: the run has its settings"),
+        ("--steps 1240", "steps cannot be given with --resume"),  # the default, given
+        ("--d-model 32", "d_model cannot be given with --resume"),
+        ("--dtype bfloat16", "dtype cannot be given with --resume"),
+        ("--norm-first", "norm_first cannot be given with --resume"),
+        ("--out elsewhere", "out cannot be given with --resume"),
         ("--data other", "--data other is another text"),
         ("--eval-only --eval-mem-len 0", "eval_mem_len must be at least"),
     ],
