@@ -78,7 +78,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
         patch.setattr(trainer, "to_tokens", stopping(37, number))
         stopped = here(*options, "--out", "cut short")
     assert stopped.returncode == 128 + number
-    assert stopped.stderr == "train.py: stopped after step 37; go on: --resume 'cut short'\n"
+    assert stopped.stderr == "train.py: stopped after step 37; to go on: --resume 'cut short'\n"
     assert torch.load("cut short/checkpoint.pt", weights_only=True)["step"] == 37
     with open("cut short/metrics.jsonl", "a") as file:  # as a kill would leave it
         file.write('{"step": 38, "bpc": 1}\n{"step": 39, "b')
@@ -114,7 +114,7 @@ def test_a_reader_of_the_output_that_ends_costs_no_step(text: Path, here, monkey
     monkeypatch.setattr(trainer, "to_tokens", stopping(37, signal.SIGINT))
     monkeypatch.setattr(sys, "stdout", Pipe())
     stopped = here("--data", text, *TINY, "--steps", 130, "--out", "run")
-    assert stopped.stderr == "train.py: stopped after step 37; go on: --resume run\n"
+    assert stopped.stderr == "train.py: stopped after step 37; to go on: --resume run\n"
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 37
 
 
@@ -130,17 +130,11 @@ def test_an_interrupt_outside_of_training_ends_the_run_in_one_line(text: Path, h
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 4
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_a_checkpoint_of_another_optimizer_is_evaluated_and_does_not_go_on(four, groups: int):
+def test_a_checkpoint_of_another_optimizer_is_evaluated_and_does_not_go_on(four):
     path = Path("run/checkpoint.pt")
     state = torch.load(path, weights_only=True)
     model = trainer.CompressiveTransformer(trainer.Config(**state["config"]))
-    parameters = list(model.parameters())
-    split = [{"params": parameters}]
-    if groups == 2:  # as the trainer has
-        biases = len(state["optimizer"]["param_groups"][1]["params"])
-        split = [{"params": parameters[biases:]}, {"params": parameters[:biases]}]
-    state["optimizer"] = torch.optim.AdamW(split).state_dict()
+    state["optimizer"] = torch.optim.AdamW(model.parameters()).state_dict()
     torch.save(state, path)
     refused(four("--resume", "run"), "run was trained with another optimizer: it can only be eval")
     assert four("--resume", "run", "--eval-only").stdout.startswith("val_bpc=")
@@ -192,7 +186,7 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(four):
     ("options", "message"),
     [
         ("--lr 0.1", "lr cannot be given with --resume: the run has its settings"),
-        ("--steps 1080", "steps cannot be given with --resume"),  # the default, given
+        ("--steps 1000", "steps cannot be given with --resume"),  # the default, given
         ("--d-model 32", "d_model cannot be given with --resume"),
         ("--dtype bfloat16", "dtype cannot be given with --resume"),
         ("--norm-first", "norm_first cannot be given with --resume"),
@@ -729,7 +723,7 @@ def test_one_process_killed_or_stopped_ends_all_and_they_go_on_exactly():
         script = folder / "stopped.py"
         script.write_text(STOPPED)
         stopped = run("--resume", "run", cwd=folder, command=(*TORCHRUN, 2, script))
-        said = "train.py: stopped after step 8; go on: --resume run\n"
+        said = "train.py: stopped after step 8; to go on: --resume run\n"
         assert said in stopped.stderr, stopped.stderr
         assert "find_unused_parameters" not in stopped.stderr
         state = torch.load(folder / "run/checkpoint.pt", weights_only=True)
