@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of matmuls")
     add("--compile", action="store_true", help="let torch.compile make it faster")
     add("--seed", type=int, default=0, help="of the weights and dropout")
-    add("--steps", type=int, default=1000, help="optimiser steps, of a segment each")
+    add("--steps", type=int, default=1080, help="optimiser steps, of a segment each")
     add("--batch-size", type=int, default=64, help="rows, each a stream of its own")
     add("--segment", type=int, default=16, help="tokens of a row in a segment")
     add("--lr", type=float, default=3e-3, help="peak rate of all parameters but u and v")
