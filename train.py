@@ -268,7 +268,7 @@ def make_optimizer(model: CompressiveTransformer) -> torch.optim.Optimizer:
     biases = [p for name, p in model.named_parameters() if name.endswith("_bias")]
     others = [p for name, p in model.named_parameters() if not name.endswith("_bias")]
     groups = [{"params": others, "scale": 1.0}, {"params": biases, "scale": 10.0}]
-    return torch.optim.Adam(groups, betas=(0.5, 0.95), fused=True)
+    return torch.optim.Adam(groups, betas=(0.5, 0.95), fused=True)  # short means: steps are few
 
 
 def to_tokens(rows: list[bytes], device: torch.device) -> Tensor:

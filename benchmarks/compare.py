@@ -22,7 +22,6 @@ floating-point operations would be done as products of the feed-forward's shape.
 import argparse
 import importlib
 import math
-import multiprocessing
 import os
 import platform
 import resource
@@ -34,6 +33,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from spec_tests.implementation import Implementation, Slots, Unusable, load  # n
 
 NAMES = ("vocab_size", "d_model", "n_heads", "d_ff", "n_layers", "segment", "mem_len", "c_mem_len")
 SETTINGS = {
+    "tiny": (16, 8, 2, 16, 1, 4, 8, 4, 2, 2),  # to see that all of it runs
     "seed": (65, 128, 4, 256, 6, 8, 8, 128, 2, 32),
     "small": (256, 256, 4, 1024, 4, 128, 128, 64, 4, 8),
     "medium": (256, 512, 8, 2048, 8, 512, 512, 128, 4, 4),
@@ -355,7 +356,7 @@ def most_of_the_time(run: Callable[[], object], device: str) -> str:
 
 def afresh(call: Callable, *args: object) -> Any:
     """What the call returns in a new process."""
-    context = multiprocessing.get_context("spawn")
+    context = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:  # unlike Pool's, may have children
         return pool.submit(call, *args).result()
 
@@ -427,6 +428,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if not 0 < args.seconds < math.inf:
+        parser.error(f"--seconds must be above 0 and finite, got {args.seconds}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is none")
     peers = []

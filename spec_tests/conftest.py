@@ -54,7 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if option.impl is not None or device.type != "cpu" or option.spec_dtype is not None:
         # without the files that are about compressive.py alone, and as it is
         collect_ignore.extend(["test_golden.py", "test_reference.py", "meta"])
-        collect_ignore.extend(["test_train.py", "test_train_runs.py", "test_evidence.py"])
+        collect_ignore.extend(["test_train.py", "test_train_runs.py"])
+        collect_ignore.extend(["test_compare.py", "test_evidence.py"])
     else:
         config.pluginmanager.register(elsewhere, "elsewhere")
     spec = option.impl or REFERENCE
