@@ -64,7 +64,7 @@ class Config:
     compression_loss: Annotated[str, "attention, autoencoding, or none (for bptt)"] = "attention"
     norm_first: Annotated[bool, "pre-norm, x + f(LN(x)); if not, post-norm, LN(x + f(x))"] = True
     dropout: Annotated[float, "of embeddings, attention weights and both branches of a layer"] = 0.0
-    bptt: Annotated[bool, "memories keep their graph: later losses reach f_c through them"] = False
+    bptt: Annotated[bool, "memories keep their graph: later losses train what made them"] = False
     recompute: Annotated[bool, "activation checkpointing: layers run again in backward"] = False
 
     def __post_init__(self) -> None:
@@ -411,21 +411,22 @@ def update_memory(
 
     `h [B, T, D]` joins `mem [B, M, D]`. If more than mem_len slots are then held, the oldest leave,
     c at a time, n = ceil(overflow / c) times. Each c become one slot through `compress` and join
-    `c_mem [B, C, D]`, of which the newest c_mem_len stay. With mem_len = 4, c = 2, letters for
-    memories and pairs in brackets for compressed slots:
+    `c_mem [B, C, D]`, of which the newest c_mem_len stay. With mem_len = 4, c_mem_len = 3, c = 2,
+    letters for memories and pairs in brackets for compressed slots:
 
         mem  c d e f   c_mem  (ab)   h  g h i
           -> 7 held, 3 too many, n = 2, so c d e f leave:  mem  g h i   c_mem  (ab) (cd) (ef)
 
-    Memories keep their dtype, where autocast gives what is new another.
+    With c_mem_len = 0 exactly the overflow is dropped: a Transformer-XL. Memories keep their dtype,
+    where autocast gives what is new another.
     """
     c = config.compression_rate
-    # The paper evicts before h joins: the same slots leave.
+    # The paper evicts before h joins; where memory is full and c divides T, the same slots leave.
     held = torch.cat([mem, h.to(mem.dtype)], dim=1)  # [B, M + T, D]
     if not config.bptt:  # no gradient goes to earlier steps, nor from the loss of f_c into h
         held = held.detach()
     overflow = max(0, held.size(1) - config.mem_len)
-    if config.c_mem_len == 0:  # a Transformer-XL: exactly the overflow is dropped
+    if config.c_mem_len == 0:
         n = 0
         leaving = overflow
     else:
@@ -475,25 +476,13 @@ def attention_reconstruction_loss(
     return F.mse_loss(attend(q, kv), target)  # line 8
 
 
-class Decompression(nn.Module):
-    """g of the auto-encoding loss, a transposed convolution of kernel and stride c without bias:
-    `[B, n, D] -> [B, c*n, D]`."""
-
-    def __init__(self, d_model: int, compression_rate: int) -> None:
-        super().__init__()
-        self.conv = nn.Linear(d_model, compression_rate * d_model, bias=False)
-
-    def forward(self, compressed: Tensor) -> Tensor:
-        return self.conv(compressed).unflatten(-1, (-1, compressed.size(2))).flatten(1, 2)
-
-
 def autoencoding_loss(decompress: nn.Module, old: Tensor, compressed: Tensor) -> Tensor:
-    """How far the memories read back from their compressed slots are from what they were, as a mean
-    square: `old [B, c*n, D]`, `compressed [B, n, D] -> []`, n >= 1. `old` is held constant."""
-    return F.mse_loss(decompress(compressed), old.detach())
+    """How far the memories that g reads from their compressed slots are from what they were, as a
+    mean square: `old [B, c*n, D]`, `compressed [B, n, D] -> []`, n >= 1. `old` is held constant.
+    `decompress` is g, `[B, n, D] -> [B, n, c*D]`, the c memories of a slot end to end."""
+    recovered = decompress(compressed).reshape(old.shape)
+    return F.mse_loss(recovered, old.detach())
 
-
-COMPRESSION_LOSSES = ("attention", "autoencoding", "none")
 
 # ------------------------------------------------------------------------------------------ layer
 
@@ -529,7 +518,8 @@ class CompressiveTransformerLayer(nn.Module):
         if list(self.compress.parameters()):  # pooling and most-used have nothing to train
             self.loss_kind = config.compression_loss
         if self.loss_kind == "autoencoding":
-            self.decompress = Decompression(D, config.compression_rate)
+            # A transposed convolution of kernel and stride c, without bias.
+            self.decompress = nn.Linear(D, config.compression_rate * D, bias=False)
 
     def forward(
         self,
@@ -671,7 +661,7 @@ class CompressiveTransformer(nn.Module):
         check_input(self, prompt, memory)
         check_sampling(max_new_tokens, temperature, top_k)
         has_memory = self.config.mem_len + self.config.c_mem_len > 0
-        tokens = prompt
+        tokens = prompt.clone()
         segment = prompt
         if has_memory:
             *prefill, segment = prompt.split(max(self.config.mem_len, 512), dim=1)
@@ -734,7 +724,8 @@ def check_config(config: Config) -> None:
     need(config.d_model % 2 == 0, "d_model", "even (a sine and a cosine for each frequency)")
     if config.c_mem_len > 0:  # an eviction takes up to c - 1 slots more than overflowed
         need(config.mem_len >= rate - 1, "mem_len", f"at least compression_rate - 1 = {rate - 1}")
-    choices = {"compression": tuple(COMPRESSIONS), "compression_loss": COMPRESSION_LOSSES}
+    losses = ("attention", "autoencoding", "none")
+    choices = {"compression": tuple(COMPRESSIONS), "compression_loss": losses}
     for name, known in choices.items():
         need(getattr(config, name) in known, name, f"one of {', '.join(known)}")
         object.__setattr__(config, name, str(getattr(config, name)))

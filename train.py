@@ -22,7 +22,7 @@ import sys
 import sysconfig
 import time
 import warnings
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from dataclasses import asdict, fields, replace
 from io import BytesIO
 from pathlib import Path
@@ -41,7 +41,7 @@ from compressive import CompressiveTransformer, Config  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-BITS = 1 / math.log(2)  # a nat in bits; the text is bytes, so that bits per byte are per character
+BITS = 1 / math.log(2)  # a nat in bits; bpc is bits per byte, as on enwik8
 LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, which sets these
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
@@ -80,12 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--resume", help="go on with the run in this folder, with its settings")
     add("--eval-only", action="store_true", help="only evaluate the run")
     add("--sample", action="store_true", help="only generate from the run")
-    add("--prompt", default="", help="text for --sample to continue; by default held-out text")
+    add("--prompt", default="", help="text that the sample continues; by default held-out text")
     add("--sample-bytes", type=int, default=500, help="length of a sample")
     add("--data", default="stdlib", help="stdlib, tinyshakespeare (fetched once), file or folder")
     add("--device", default="auto", help="auto (an accelerator or the CPU) or a torch device")
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of matmuls")
-    add("--compile", action="store_true", help="let torch.compile make it faster")
+    add("--compile", action=BooleanOptionalAction, default=False, help="faster, by torch.compile")
     add("--seed", type=int, default=0, help="of the weights and dropout")
     add("--steps", type=int, default=1080, help="optimiser steps, of a segment each")
     add("--batch-size", type=int, default=64, help="rows, each a stream of its own")
@@ -98,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
         option = "--" + field.name.replace("_", "-")
         kind, help = get_args(field.type)
         if kind is bool:
-            add(option, action=argparse.BooleanOptionalAction, default=field.default, help=help)
+            add(option, action=BooleanOptionalAction, default=field.default, help=help)
         else:
             add(option, type=kind, default=field.default, help=help)
     # Otherwise than in Config: so small a model learns more in three minutes.
@@ -302,7 +302,6 @@ def train(
     what the last checkpoint has, and how many tokens were read a second."""
     if LAUNCHED:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-
     torch.manual_seed(args.seed)
     model = CompressiveTransformer(config).to(device)
     optimizer = make_optimizer(model)
@@ -330,9 +329,9 @@ def train(
             fail(f"--out {args.out} is not empty: name a new folder, so that no run is lost")
         args.out.mkdir(parents=True, exist_ok=True)
         metrics = args.out / "metrics.jsonl"
-        if metrics.exists():  # the lines after the checkpoint go
-            lines = metrics.read_bytes().splitlines(keepends=True)
-            write_atomically(metrics, b"".join(lines[:step]))
+        metrics.touch(exist_ok=state is not None)  # of two runs at once, one has the folder
+        lines = metrics.read_bytes().splitlines(keepends=True)
+        write_atomically(metrics, b"".join(lines[:step]))  # those after the checkpoint go
         parameters = sum(p.numel() for p in model.parameters())
         about = f"{text.length:,} bytes of {args.data}; {parameters:,} parameters; {device.type}"
         print(printable(f"{about}, {args.dtype}; results in {args.out}"))
@@ -409,6 +408,7 @@ def train(
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    stop = max(stop, *received)  # a signal may have come while the last checkpoint was written
     speed = tokens_read / (time.perf_counter() - began)
     if RANK == 0 and sys.stdout.isatty():
         print()
@@ -437,7 +437,6 @@ def report(args: Namespace, end: int, means: Tensor, speed: float) -> None:
                 "time": time.time(),
             }
             file.write(json.dumps(record) + "\n")
-
     nats, *layers, _, _ = means.mean(dim=0).tolist()
     left = (args.steps - end) * args.batch_size * args.segment / speed
     line = (
@@ -450,7 +449,7 @@ def report(args: Namespace, end: int, means: Tensor, speed: float) -> None:
     else:
         try:
             print(line)
-        except BrokenPipeError:  # Ctrl-C ends `| tee log`, too, and the run is still to be saved
+        except OSError:  # Ctrl-C ends `| tee log`, too, or the disk is full: the run goes on
             sys.stdout = open(os.devnull, "w")
 
 
@@ -474,8 +473,7 @@ def sample(model: CompressiveTransformer, text: Text, args: Namespace) -> str:
     """A prompt and its continuation."""
     held_out = text.read(text.split, min(text.split + 64, text.length))
     prompt = os.fsencode(args.prompt) or held_out
-    if args.sample:
-        torch.seed()  # another text each time
+    torch.manual_seed(time.time_ns() if args.sample else args.seed)  # --sample: another each time
     tokens = to_tokens([prompt], model.logits.weight.device)
     tokens = model.generate(tokens, args.sample_bytes, temperature=0.8)
     continuation = bytes(tokens[0, len(prompt) :].tolist()).decode(errors="replace")
@@ -548,6 +546,8 @@ def main(argv: list[str] | None = None) -> None:
         fail("interrupted", 130)
     except OSError as error:
         fail(f"{error.filename or 'writing'}: {error.strerror or error}")
+    except MemoryError:  # Python's, for the text of a folder
+        fail("out of memory: name one file for --data, which is read where it stands")
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise

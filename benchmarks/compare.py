@@ -12,7 +12,8 @@ process of its own, since what ran before in a process shapes what large tensors
 
 A training step is forward, compression, both losses, backward, clipping and AdamW (fused), on
 memories that are full and overflow. All get the same optimiser and the same width of feed-forward;
-in bfloat16, matrix products under autocast. Generation is of one row, a token at a time, greedy,
+in bfloat16, matrix products under autocast. (Compiled is the model; what labml does outside of its,
+compression and its loss, is not.) Generation is of one row, a token at a time, greedy,
 with parameters and memories in the dtype, which is faster than autocast for all three, in the way
 that each implementation brings along. (lucidrains' feeds the segment so far again with every token:
 timed are segments filled to 1/8, 3/8, 5/8 and 7/8.) The limit is the rate at which the step's
@@ -94,7 +95,7 @@ class Subject:
         self.batch = batch
         self.device = device
         model: nn.Module = self.impl.adapter.build(settings)
-        if name == "reference":
+        if name in ("reference", "plain"):
             model.config = replace(model.config, recompute=recompute)
         if name == "plain":
             for layer in model.layers:
@@ -312,8 +313,8 @@ def peak(name: str, args: argparse.Namespace, dtype: str, settings: Settings, ba
 def memory(args: argparse.Namespace, names: list[str], setting: str, dtype: str) -> list:
     settings, batch = settings_of(setting)
     found = [afresh(peak, name, args, dtype, settings, batch) for name in names]
-    ours, *peers = found
-    share = f"{ours / min(peers):.2f}" if peers else ""
+    peers = [mib for name, mib in zip(names, found, strict=True) if name in PEERS]
+    share = f"{found[0] / min(peers):.2f}" if peers else ""
     return [*(f"{mib:,.0f}" for mib in found), share]
 
 
@@ -381,7 +382,7 @@ def table(name: str, args: argparse.Namespace, names: list[str]) -> None:
     columns = {
         "training": [*names, *ratios, "limit", "share of it"],
         "generation": [*names, *ratios],
-        "memory": [*names, "share of the smaller peer"],
+        "memory": [*names, "share of the smallest peer"],
         "profile": ["training", "generation"],
     }
     header("settings", "dtype", *columns[name])

@@ -3,6 +3,7 @@ benchmarks/README.md, and no test's business."""
 
 import contextlib
 import io
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -46,12 +47,12 @@ def test_compare_prints_all_its_tables():
         assert rows
         for row in rows:
             assert row.count("|") == header.count("|")
-            assert "nan" not in row and "inf" not in row
+            assert not re.search(r"\b(nan|inf)\b", row)
     assert "| settings | dtype | reference | plain | x plain | limit | share of it |" in printed
 
 
 def test_compare_takes_turns():
-    """Each in every round, with as many steps as a turn has time for."""
+    """Each in every round, with as many steps as a turn has time for, and two at least."""
     calls = []
 
     def measure(subject: str, count: int) -> float:
@@ -60,13 +61,25 @@ def test_compare_takes_turns():
 
     args = Namespace(rounds=2, seconds=1.0)
     found = compare.alternate(args, {"a": "fast", "b": "slow"}, measure)
-    assert calls[-4:] == [("fast", 4), ("slow", 2)] * 2
+    assert calls[:4] == [("fast", 3), ("fast", 1), ("slow", 3), ("slow", 1)]
+    assert calls[4:] == [("fast", 4), ("slow", 2)] * 2
     assert found == {"a": [0.25, 0.25], "b": [3.0, 3.0]}
 
 
 def test_compare_shows_medians_and_ranges():
     assert compare.shown([0.5, 0.125, 0.25], 2) == "8 (4-16)"
     assert compare.ratio([1.0, 2.0, 4.0], [4.0, 4.0, 4.0]) == "2.00 (1.00-4.00)"
+
+
+def test_compare_divides_by_the_others(monkeypatch):
+    """Rates by the reference's, memory by that of the smallest package of others."""
+    found = {"reference": [1.0], "plain": [2.0], "labml": [4.0]}
+    cells = ["8 (8-8)", "4 (4-4)", "2 (2-2)", "2.00 (2.00-2.00)", "4.00 (4.00-4.00)"]
+    assert compare.rates_and_ratios(found, 8) == cells
+    mib = {"reference": 150.0, "plain": 100.0, "labml": 300.0, "lucidrains": 200.0}
+    monkeypatch.setattr(compare, "afresh", lambda peak, name, *settings: mib[name])
+    cells = ["150", "100", "300", "200", "0.75"]
+    assert compare.memory(Namespace(), list(mib), "tiny", "float32") == cells
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,14 @@ def test_generate_refuses_a_wrong_prompt():
         make().generate(torch.zeros(3, dtype=torch.int64), 0)
 
 
+def test_generate_returns_a_tensor_of_its_own():
+    prompt = tokens(SMALL, 1, 2)
+    for new_tokens in (0, 1):
+        made = make().generate(prompt, new_tokens)
+        made += 1
+        assert torch.equal(made[:, :2], prompt + 1)
+
+
 # ------------------------------------------------------------------------------------ wrong input
 
 
@@ -948,7 +956,7 @@ def test_parameter_groups_part_the_model_from_its_compression_functions():
     model = make(compression_loss="autoencoding")
     language_model, compression = ({id(p) for p in group} for group in model.parameter_groups())
     for name, parameter in model.named_parameters():
-        compresses = "compress" in name  # compress.conv, decompress.conv
+        compresses = "compress" in name  # compress.conv, decompress
         assert (id(parameter) in compression) == compresses
         assert (id(parameter) in language_model) != compresses
 
@@ -961,14 +969,14 @@ def test_there_is_no_loss_where_nothing_is_trained():
 
 def test_losses_alone_train_the_compressed_slots_alone():
     attention = api.RelativeMultiHeadAttention(8, 2).double()
-    decompress = api.Decompression(8, 2).double()
+    decompress = torch.nn.Linear(8, 16, bias=False).double()
     h, old, new = (torch.randn(2, n, 8, requires_grad=True) for n in (3, 4, 2))
     api.attention_reconstruction_loss(attention, h, old, new).backward()
     assert h.grad is None and old.grad is None and new.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in attention.parameters())
     assert api.attention_reconstruction_loss(attention, h, old[:, :1], new[:, :1]) > 0
     api.autoencoding_loss(decompress, old, new).backward()
-    assert old.grad is None and decompress.conv.weight.grad.abs().sum() > 0
+    assert old.grad is None and decompress.weight.grad.abs().sum() > 0
 
 
 def filled_memory(model: api.CompressiveTransformer) -> api.Memory:

@@ -85,9 +85,12 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     resumed = here("--resume", "cut short")
     assert resumed.returncode == 0, resumed.stderr
     assert same(result(Path("whole")), result(Path("cut short")))
+    written = Path("whole/sample.txt").read_text()
+    assert Path("cut short/sample.txt").read_text() == written
     finished = here("--resume", "cut short")  # shows the results again, and changes nothing
     assert finished.stdout.split()[-3] == resumed.stdout.split()[-3]
     assert same(result(Path("whole")), result(Path("cut short")))
+    assert Path("cut short/sample.txt").read_text() == written
 
 
 def test_a_second_signal_ends_the_process_at_once(text: Path, here, monkeypatch):
@@ -102,13 +105,16 @@ def test_a_second_signal_ends_the_process_at_once(text: Path, here, monkeypatch)
     assert handlers == [signal.SIG_DFL]
 
 
-def test_a_reader_of_the_output_that_ends_costs_no_step(text: Path, here, monkeypatch):
-    """As Ctrl-C ends `tee`, too, in `train.py | tee log`."""
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")]
+)
+def test_output_that_goes_nowhere_costs_no_step(text: Path, here, monkeypatch, error: OSError):
+    """As Ctrl-C ends `tee`, too, in `train.py | tee log`; or the log's disk is full."""
 
     class Pipe(io.StringIO):
         def write(self, line: str) -> int:
             if line.startswith("step"):
-                raise BrokenPipeError(32, "Broken pipe")
+                raise error
             return len(line)
 
     monkeypatch.setattr(trainer, "to_tokens", stopping(37, signal.SIGINT))
@@ -116,6 +122,23 @@ def test_a_reader_of_the_output_that_ends_costs_no_step(text: Path, here, monkey
     stopped = here("--data", text, *TINY, "--steps", 130, "--out", "run")
     assert stopped.stderr == "train.py: stopped after step 37; to go on: --resume run\n"
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 37
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run(text, here, monkeypatch):
+    def write(path: Path, data: bytes, original=trainer.write_atomically) -> None:
+        original(path, data)
+        if path.name == "checkpoint.pt":
+            writes.append(path)
+            if len(writes) == 2:  # of steps 0 and 4
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    writes = []
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "write_atomically", write)
+        stopped = here("--data", text, *TINY, "--steps", 4, "--out", "run")
+    assert stopped.returncode == 143
+    assert stopped.stderr == "train.py: stopped after step 4; to go on: --resume run\n"
+    assert here("--resume", "run").returncode == 0
 
 
 def test_an_interrupt_outside_of_training_ends_the_run_in_one_line(text: Path, here, monkeypatch):
@@ -208,10 +231,12 @@ def test_what_may_be_given_with_resume_is_taken(four):
         *("data", "device", "compile", "save_every", "sample_bytes"),
         *("eval_mem_len", "eval_c_mem_len"),
     ]
-    options = "--data moved --device cpu --save-every 3 --eval-mem-len 20 --sample-bytes 7"
+    options = "--data moved --device cpu --save-every 3 --eval-mem-len 20 --sample-bytes 7 "
+    options += "--no-compile --prompt Prompt"
     assert four("--resume", "run", *options.split(), "--eval-c-mem-len", 6).returncode == 0
     settings = torch.load("run/checkpoint.pt", weights_only=True)["settings"]
     assert (settings["data"], settings["save_every"], settings["steps"]) == ("moved", 3, 4)
+    assert Path("run/sample.txt").read_text().startswith("--- prompt\nPrompt\n---")
 
 
 def test_a_full_disk_is_one_line_and_the_good_checkpoint_stands(text: Path, here, monkeypatch):
@@ -319,11 +344,22 @@ def test_a_resumed_run_replaces_what_a_kill_at_its_last_write_left(four):
     part.write_bytes(b"half")
     assert four("--resume", "run").returncode == 0
     assert not part.exists()
-    Path("new").mkdir()
-    Path("new/.checkpoint.pt.part").write_bytes(b"half")  # all that was written of this one
-    assert four("--data", "text.txt", *TINY, "--steps", 4, "--out", "new").returncode == 0
-    assert same(result(Path("new")), result(Path("run")))
     refused(four("--data", "text.txt", *TINY, "--out", "run"), "--out run is not empty")
+
+
+def test_of_two_runs_at_once_one_alone_has_the_folder(four, monkeypatch):
+    """Another one writes there just after this one has looked."""
+    Path("new").mkdir()
+
+    def touch(path: Path, original=Path.touch, **options: object) -> None:
+        path.write_text("the other's")
+        original(path, **options)
+
+    monkeypatch.setattr(Path, "touch", touch)
+    second = four("--data", "text.txt", *TINY, "--steps", 4, "--out", "new")
+    refused(second, "new/metrics.jsonl: File exists")
+    assert [path.name for path in Path("new").iterdir()] == ["metrics.jsonl"]
+    assert Path("new/metrics.jsonl").read_text() == "the other's"
 
 
 @pytest.mark.parametrize("at", [1, 14])
@@ -387,6 +423,16 @@ def test_memory_that_is_not_there_is_one_line_and_the_checkpoint_stands(
     asked = "Tried to allocate 20.00 MiB" if accelerator else f"you tried to allocate {2**60} bytes"
     refused(failed, f"{asked}.*; lower --batch-size, --segment or --d-model")
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 5
+
+
+def test_a_folder_larger_than_memory_is_one_line(text: Path, here, monkeypatch):
+    def read_bytes(path: Path) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    failed = here("--data", text.parent, *TINY, "--out", "run")
+    refused(failed, "out of memory: name one file for --data")
+    assert not Path("run").exists()
 
 
 def test_other_errors_are_told_in_full(text: Path, here, monkeypatch):
@@ -628,7 +674,7 @@ def test_a_limit_of_the_system_on_files_is_one_line_too():
         assert status == 2
         message = "train.py: run/checkpoint.pt could not be written: File too large; nothing was "
         assert printed.splitlines()[1].startswith(message) and printed.count("\n") == 2
-        assert list((folder / "run").iterdir()) == []
+        assert os.listdir(folder / "run") == ["metrics.jsonl"]  # empty: the folder was taken
 
 
 MANY = [*TINY, "--batch-size", 8, "--steps", 50, "--mem-len", 20]

@@ -120,7 +120,11 @@ def main() -> None:
             if begun:  # the checkpoint is whole, whenever the process was killed
                 steps.add(torch.load(run / "checkpoint.pt", weights_only=True)["step"])
             writing += any(run.glob(".*.part"))
-            finish(start(folder, *(["--resume", run.name] if begun else [*new, run.name])), folder)
+            again = ["--resume", run.name]
+            if not begun:
+                run = folder / f"again{i}"
+                again = [*new, run.name]
+            finish(start(folder, *again), folder)
             if not same(result(run), expected):
                 sys.exit(f"kill {i} (--seed {args.seed}): the resumed run ended otherwise")
             if any(run.glob(".*.part")):

@@ -74,7 +74,7 @@ class Adapter:
                     conv.weight.view(D, 2, D).permute(1, 2, 0) for conv in layer.compress.dilated
                 ]
             if layer.decompress is not None:  # [c, recovered, compressed]
-                named["transposed_convolution"] = layer.decompress.conv.weight.view(c, D, D)
+                named["transposed_convolution"] = layer.decompress.weight.view(c, D, D)
             layers.append(named)
         whole = {
             "layers": layers,
