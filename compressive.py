@@ -433,10 +433,11 @@ def update_memory(
         n = -(-overflow // c)  # rounded up
         leaving = n * c
     old = held[:, : n * c]  # line 8
-    compressed = old  # [B, 0, D] if n is 0
     if n > 0:
         compressed = compress(old)  # line 9
         c_mem = torch.cat([c_mem, compressed.to(c_mem.dtype)], dim=1)
+    else:
+        compressed = old  # [B, 0, D]
     next_mem = held[:, leaving:].clone()  # line 10; a view would keep alive all that left
     next_c_mem = c_mem[:, max(0, c_mem.size(1) - config.c_mem_len) :].clone()  # line 11
     if not config.bptt:  # nor from later steps to f_c, through the slots that they read

@@ -334,10 +334,10 @@ def profile(args: argparse.Namespace, names: list[str], setting: str, dtype: str
     settings, batch = settings_of(setting)
     how = (names[0], settings, batch, args.device, dtype)
     subject = Subject(*how)
-    training = most_of_the_time(subject.train, args.device)
+    in_training = most_of_the_time(subject.train, args.device)
     subject = Subject(*how, train=False)
-    generation = most_of_the_time(partial(subject.seconds_per_token, 16), args.device)
-    return [training, generation]
+    in_generation = most_of_the_time(partial(subject.seconds_per_token, 16), args.device)
+    return [in_training, in_generation]
 
 
 def most_of_the_time(run: Callable[[], object], device: str) -> str:
@@ -362,6 +362,7 @@ def afresh(call: Callable, *args: object) -> Any:
         return pool.submit(call, *args).result()
 
 
+TABLES = {"training": training, "generation": generation, "memory": memory, "profile": profile}
 TITLES = {
     "training": "Training, tokens/s",
     "generation": "Generation of one row, tokens/s",
@@ -388,7 +389,7 @@ def table(name: str, args: argparse.Namespace, names: list[str]) -> None:
     header("settings", "dtype", *columns[name])
     for setting in args.settings:
         for dtype in args.dtypes:
-            row(setting, dtype, *afresh(globals()[name], args, names, setting, dtype))
+            row(setting, dtype, *afresh(TABLES[name], args, names, setting, dtype))
 
 
 def conditions(args: argparse.Namespace, peers: list[str]) -> str:
