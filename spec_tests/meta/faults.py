@@ -521,8 +521,8 @@ FAULTS = [
     fault(
         "LOSS-5",
         "read back in the wrong order",
-        "self.conv(compressed).unflatten(-1, (-1, compressed.size(2))).flatten(1, 2)",
-        "self.conv(compressed).unflatten(-1, (-1, compressed.size(2))).flip(2).flatten(1, 2)",
+        "decompress(compressed).reshape(old.shape)",
+        "decompress(compressed).unflatten(-1, (-1, old.size(2))).flip(2).reshape(old.shape)",
     ),
     fault(
         "LOSS-6",
