@@ -50,7 +50,8 @@ WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """End the program with one line. Status 2: what the user gave does not work."""
-    print("train.py:", printable(message.replace("\n", " ")), file=sys.stderr)
+    line = printable(message.replace("\n", " "))
+    print(f"train.py: {line}\n", end="", file=sys.stderr)  # one write: processes' lines do not mix
     sys.exit(status)
 
 
@@ -515,7 +516,6 @@ def run(args: Namespace, state: dict | None) -> None:
         state, speed = train(args, config, text, device, state)
     if RANK > 0:
         return
-
     model = CompressiveTransformer(eval_config).to(device).eval()
     model.load_state_dict(state["model"])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")

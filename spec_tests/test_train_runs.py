@@ -141,6 +141,15 @@ def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run(text, here, 
     assert here("--resume", "run").returncode == 0
 
 
+def test_an_error_is_one_write(monkeypatch):
+    """Or lines of several processes mix."""
+    writes = []
+    monkeypatch.setattr(sys.stderr, "write", writes.append)
+    with pytest.raises(SystemExit):
+        trainer.fail("two\nlines")
+    assert [text for text in writes if text] == ["train.py: two lines\n"]
+
+
 def test_an_interrupt_outside_of_training_ends_the_run_in_one_line(text: Path, here, monkeypatch):
     def evaluate(*args: object) -> None:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
