@@ -82,6 +82,14 @@ def test_compare_divides_by_the_others(monkeypatch):
     assert compare.memory(Namespace(), list(mib), "tiny", "float32") == cells
 
 
+@pytest.mark.parametrize("name", ["reference", "plain"])
+def test_compare_recomputes_in_both_of_ours(name):
+    settings, batch = compare.settings_of("tiny")
+    subject = compare.Subject(name, settings, batch, "cpu", "float32", recompute=True)
+    for part in (subject.model, *subject.model.layers):
+        assert part.config.recompute == (part is subject.model)
+
+
 @pytest.mark.parametrize(
     "options, line",
     [
