@@ -3,7 +3,7 @@
 
     python benchmarks/compare.py                          every table of benchmarks/README.md
     python benchmarks/compare.py --tables training --settings seed small --rounds 3
-    python benchmarks/compare.py --device cuda --compile
+    python benchmarks/compare.py --device cuda --compile --peers
 
 The packages are those that `spec_tests/adapters/` names; one that is missing is left out. In every
 round each implementation has its turn, so that what else the machine does hits them alike; shown
@@ -12,7 +12,8 @@ process of its own, since what ran before in a process shapes what large tensors
 
 A training step is forward, compression, both losses, backward, clipping and AdamW (fused), on
 memories that are full and overflow. All get the same optimiser and the same width of feed-forward;
-in bfloat16, matrix products under autocast. (Compiled is the model; what labml does outside of its,
+in bfloat16, matrix products under autocast; tf32 is float32 whose products CUDA may round to
+TensorFloat-32. (Compiled is the model; what labml does outside of its,
 compression and its loss, is not.) Generation is of one row, a token at a time, greedy,
 with parameters and memories in the dtype, which is faster than autocast for all three, in the way
 that each implementation brings along. (lucidrains' feeds the segment so far again with every token:
@@ -53,15 +54,18 @@ from spec_tests.implementation import Implementation, Slots, Unusable, load  # n
 
 NAMES = ("vocab_size", "d_model", "n_heads", "d_ff", "n_layers", "segment", "mem_len", "c_mem_len")
 SETTINGS = {
-    "tiny": (16, 8, 2, 16, 1, 4, 8, 4, 2, 2),  # to see that all of it runs
+    "tiny": (16, 8, 2, 16, 1, 8, 8, 4, 2, 2),  # to see that all of it runs
     "seed": (65, 128, 4, 256, 6, 8, 8, 128, 2, 32),
     "small": (256, 256, 4, 1024, 4, 128, 128, 64, 4, 8),
     "medium": (256, 512, 8, 2048, 8, 512, 512, 128, 4, 4),
     "long": (256, 256, 4, 1024, 4, 256, 1024, 1024, 4, 4),
     "enwik8": (256, 1024, 8, 3072, 8, 768, 768, 1152, 3, 8),  # the paper's width; for CUDA
+    # NVIDIA's Transformer-XL base, the rows of one device, but for its large vocabulary. No peer
+    # has a memory without a compressed one.
+    "transformer-xl": (256, 512, 8, 2048, 16, 192, 192, 0, 1, 32),
 }
 PEERS = ("labml", "lucidrains")
-DTYPES = ("float32", "bfloat16")
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 LENGTHS = (256, 1024, 4096, 16384)  # mem_len + c_mem_len
 
 
@@ -88,6 +92,8 @@ class Subject:
         recompute: bool = False,
     ) -> None:
         torch.manual_seed(0)
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = dtype == "tf32"
         adapter = "reference" if name == "plain" else name
         self.impl: Implementation = load(f"spec_tests.adapters.{adapter}", torch.device(device))
         self.name = name
@@ -105,7 +111,7 @@ class Subject:
             for layer in model.ff_layers:
                 mult = settings.d_ff // settings.d_model
                 layer.fn.fn = module.FeedForward(settings.d_model, mult=mult)
-        self.dtype = torch.float32 if train else getattr(torch, dtype)
+        self.dtype = torch.float32 if train else DTYPES[dtype]
         self.model = model.to(device, self.dtype).train(train)
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
@@ -240,7 +246,7 @@ def header(*cells: str) -> None:
 
 def matrix_rate(settings: Settings, rows: int, device: str, dtype: str) -> float:
     """Floating-point operations a second that products of the feed-forward's shape reach."""
-    kind = getattr(torch, dtype)
+    kind = DTYPES[dtype]
     a = torch.randn(rows, settings.d_model, device=device, dtype=kind)
     b = torch.randn(settings.d_model, settings.d_ff, device=device, dtype=kind)
     best = float("inf")
@@ -404,7 +410,7 @@ def conditions(args: argparse.Namespace, peers: list[str]) -> str:
     parts = [
         f"{args.device} ({card or platform.machine()}), {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, Python {platform.python_version()}",
-        ", ".join(versions),
+        ", ".join(versions) or "no peers",
         f"{args.rounds} rounds",
     ]
     line = "; ".join(parts)
@@ -420,8 +426,9 @@ def main() -> None:
     add = parser.add_argument
     add("--tables", nargs="+", choices=TITLES, default=list(TITLES))
     add("--settings", nargs="+", choices=SETTINGS, default=["seed", "small", "medium", "long"])
-    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    add("--dtypes", nargs="+", choices=DTYPES, help="by default all that the device has")
     add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--peers", nargs="*", choices=PEERS, default=PEERS, help="none: the reference alone")
     add("--compile", action="store_true", help="torch.compile the models in training")
     add("--recompute", action="store_true", help="train the reference with Config.recompute")
     add("--plain", action="store_true", help="beside the reference without FasterAttention, too")
@@ -434,8 +441,14 @@ def main() -> None:
         parser.error(f"--seconds must be above 0 and finite, got {args.seconds}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is none")
+    if args.dtypes is None:
+        args.dtypes = list(DTYPES)
+        if args.device == "cpu":
+            args.dtypes.remove("tf32")
+    if args.device == "cpu" and "tf32" in args.dtypes:
+        parser.error("--dtypes tf32 needs --device cuda")
     peers = []
-    for peer in PEERS:
+    for peer in args.peers:
         try:
             load(f"spec_tests.adapters.{peer}")
             peers.append(peer)

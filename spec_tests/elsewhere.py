@@ -55,6 +55,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def begin(*settings: object) -> None:
     if hasattr(os, "nice"):
         os.nice(5)  # or the one process that runs all others would be the last
+    # Autograd starts a thread for every device that it sees, and then its process cannot be forked.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     prepare(*settings)
 
 

@@ -203,7 +203,7 @@ def test_LOSS_2_its_gradients_are_the_derivatives(impl: Implementation, case: Ca
         gradient = torch.zeros((), dtype=impl.dtype)
         for name in names:
             if found[name] is not None:
-                gradient += (found[name] * directions[name]).sum()
+                gradient += (found[name] * directions[name]).sum().cpu()
         for size in (1e-6, 1e-8):  # a ReLU that turns within the one does not within the other
             steps = {named[name]: size * directions[name] for name in names}
             slope = quotient(loss, steps, size)

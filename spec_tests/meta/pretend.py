@@ -56,7 +56,8 @@ def run(call: Any, args: tuple, kwargs: dict) -> Any:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     there = [x for x in tensors if isinstance(x, There)]
     here = [x for x in tensors if not isinstance(x, There) and x.dim() > 0]
-    if there and here and call not in MOVES + INDEXED:
+    mixed = here and call not in MOVES + INDEXED
+    if there and (mixed or writes_here(call, args)):
         raise RuntimeError(f"{call} of tensors on {DEVICE} and {CPU}")
     if call == aten.copy_.default:
         stays = isinstance(args[0], There)
@@ -71,6 +72,17 @@ def run(call: Any, args: tuple, kwargs: dict) -> Any:
     if not stays:
         return found
     return return_and_correct_aliasing(call, args, kwargs, tree_map_only(Tensor, There, found))
+
+
+def writes_here(call: Any, args: tuple) -> bool:
+    """Whether the call changes a tensor that is here, if only one number, as `+=` does."""
+    if call in MOVES:
+        return False
+    for x, argument in zip(args, call._schema.arguments, strict=False):
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and isinstance(x, Tensor) and not isinstance(x, There):
+            return True
+    return False
 
 
 @contextmanager

@@ -141,5 +141,5 @@ def test_the_jax_adapter_of_the_readme_works():
         shutil.copy(SUITE / "meta" / "jax_model.py", folder / "my_jax_model.py")
         some = "MEM_8 or CMP or LOSS_1"
         ran = spec(folder, "--impl=jax_adapter.py", "-k", some)
-    assert ran.status == 0, ran.out
+    assert ran.status == 0, ran.out + ran.err
     assert set(verdicts(ran.report).values()) == {"PASS"}

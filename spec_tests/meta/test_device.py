@@ -93,7 +93,6 @@ def test_the_option_chooses_the_device():
     assert "device meta, dtype float64" in ran.out
 
 
-@pytest.mark.elsewhere
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no cuda device")
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_what_is_right_passes_on_a_cuda_device(dtype: str):
