@@ -15,9 +15,9 @@ from benchmarks import compare
 from .processes import process_context
 
 
-def run(*options: str) -> str:
+def run(*options: str, peers: tuple[str, ...] = ()) -> str:
     """compare.py's main in this process, but for memory, which is counted in forks that have torch
-    loaded already; without the packages of others: what it prints."""
+    loaded already; without the packages of others, if these are not named: what it prints."""
     printed = io.StringIO()
     context = process_context()
 
@@ -25,7 +25,7 @@ def run(*options: str) -> str:
         return original(call, *args) if call is compare.peak else call(*args)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(compare, "PEERS", ())
+        patch.setattr(compare, "PEERS", peers)
         patch.setattr(compare, "LENGTHS", (16, 32))
         patch.setattr(compare, "afresh", afresh)
         patch.setattr(compare, "get_context", lambda kind: context)
@@ -49,6 +49,15 @@ def test_compare_prints_all_its_tables():
             assert row.count("|") == header.count("|")
             assert not re.search(r"\b(nan|inf)\b", row)
     assert "| settings | dtype | reference | plain | x plain | limit | share of it |" in printed
+
+
+def test_compare_has_the_dtypes_of_the_device_and_the_peers_that_are_asked_for():
+    options = "--tables memory --settings tiny --peers"
+    printed = run(*options.split(), peers=("labml", "lucidrains"))
+    assert "left out" not in printed
+    conditions, _, table = printed.split("\n\n")
+    assert "; no peers; " in conditions
+    assert re.findall(r"^\| tiny \| (\w+) \|", table, re.MULTILINE) == ["float32", "bfloat16"]
 
 
 def test_compare_takes_turns():
@@ -98,6 +107,8 @@ def test_compare_recomputes_in_both_of_ours(name):
         ("--seconds -1", "--seconds must be above 0 and finite, got -1.0"),
         ("--seconds inf", "--seconds must be above 0 and finite, got inf"),
         ("--settings huge", "argument --settings: invalid choice: 'huge'"),
+        ("--dtypes float32 tf32", "--dtypes tf32 needs --device cuda"),
+        ("--peers nobody", "argument --peers: invalid choice: 'nobody'"),
     ],
 )
 def test_compare_refuses_in_one_line(options, line, capsys):
