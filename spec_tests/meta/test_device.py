@@ -31,6 +31,15 @@ def test_what_is_right_passes_on_another_device():
     assert not failed, "\n".join(failed)
 
 
+def test_a_number_here_cannot_be_added_to_from_there():
+    """As on CUDA, where the sum alone may be of both."""
+    with pretended() as device:
+        here, there = torch.zeros(()), torch.ones((), device=device)
+        assert (here + there).device == device
+        with pytest.raises(RuntimeError, match="add_.* of tensors on meta and cpu"):
+            here += there
+
+
 def test_a_model_with_a_tensor_that_stays_on_the_cpu_fails():
     module = changed(
         (
