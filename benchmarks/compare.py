@@ -454,6 +454,8 @@ def main() -> None:
             peers.append(peer)
         except Unusable as error:
             print(f"{peer} is left out: {error}")
+    if peers and "transformer-xl" in args.settings:
+        parser.error("--settings transformer-xl has no compressed memory: give --peers, and none")
     names = ["reference", *peers]
     if args.plain:
         names.insert(1, "plain")

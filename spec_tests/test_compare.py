@@ -109,11 +109,14 @@ def test_compare_recomputes_in_both_of_ours(name):
         ("--settings huge", "argument --settings: invalid choice: 'huge'"),
         ("--dtypes float32 tf32", "--dtypes tf32 needs --device cuda"),
         ("--peers nobody", "argument --peers: invalid choice: 'nobody'"),
+        ("--settings transformer-xl", "transformer-xl has no compressed memory: give --peers, and"),
     ],
 )
-def test_compare_refuses_in_one_line(options, line, capsys):
+def test_compare_refuses_in_one_line(options, line, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "load", lambda name: None)  # as if the package were there
+    monkeypatch.setattr(compare, "conditions", None)  # what is not refused ends here
     with pytest.raises(SystemExit) as end:
-        run(*options.split())
+        run(*options.split(), peers=("labml",))
     error = capsys.readouterr().err
     assert end.value.code == 2
     assert line in error and error.count("\n") == 1
