@@ -271,15 +271,11 @@ class FasterAttention(RelativeMultiHeadAttention):
             by_distance = torch.einsum("hbtk,hks->hbts", q_position, w_r @ positions.mT)
         position = relative_shift(F.pad(by_distance, (0, 1)))
         q_slots = torch.einsum("hbtk,hkd->hbtd", q_content, w_k)  # (q + u) W_k
-        # Past and segment apart, as in project.
-        content_past = torch.einsum("hbtd,bsd->hbts", q_slots, past)
-        content_x = torch.einsum("hbtd,bsd->hbts", q_slots, x)
-        content = torch.cat([content_past, content_x], dim=-1)
+        slots = torch.cat([past, x], dim=1)
+        content = torch.einsum("hbtd,bsd->hbts", q_slots, slots)
         weights = self.dropout(causal_softmax(content + position))
-        of_past, of_x = weights.split([past.size(1), T], dim=-1)
-        read_past = torch.einsum("hbts,bsd->hbtd", of_past, past)
-        read_x = torch.einsum("hbts,bsd->hbtd", of_x, x)
-        return torch.einsum("hbtd,hkd->hbtk", read_past + read_x, w_v)
+        slots_read = torch.einsum("hbts,bsd->hbtd", weights, slots)
+        return torch.einsum("hbtd,hkd->hbtk", slots_read, w_v)
 
     def attend_in_groups(self, q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
         """What the heads read, `[H, B, T, K]`, some heads at a time if all are too many."""

@@ -67,8 +67,8 @@ FAULTS = [
     fault(
         "ATT-3",
         "few queries do not read what is remembered",
-        "read_past + read_x",
-        "0 * read_past + read_x",
+        "weights, slots)",
+        "weights[..., -T:], x)",
     ),
     fault(
         "ATT-3", "the shift is off by one", "[..., T - 1 : T - 1 + T * S]", "[..., T : T + T * S]"
@@ -478,8 +478,8 @@ FAULTS = [
         "no gradient through the values",
         "return dropout(weights) @ v, weights",
         "return dropout(weights) @ v.detach(), weights",
-        "read_past + read_x, w_v)",
-        "read_past + read_x, w_v.detach())",
+        "slots_read, w_v)",
+        "slots_read, w_v.detach())",
     ),
     fault(
         "LOSS-3",
