@@ -88,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of matmuls")
     add("--compile", action=BooleanOptionalAction, default=False, help="faster, by torch.compile")
     add("--seed", type=int, default=0, help="of the weights and dropout")
-    add("--steps", type=int, default=1080, help="optimiser steps, of a segment each")
+    add("--steps", type=int, default=1000, help="optimiser steps, of a segment each")
     add("--batch-size", type=int, default=64, help="rows, each a stream of its own")
     add("--segment", type=int, default=16, help="tokens of a row in a segment")
     add("--lr", type=float, default=3e-3, help="peak rate of all parameters but u and v")
@@ -224,8 +224,7 @@ def fetch_tiny_shakespeare() -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file beside its place and move it there: whenever the process or the machine stops,
-    the old file or the new one stands there whole."""
+    """Replace a file: whenever the machine stops, the old one or the new one stands there whole."""
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
@@ -258,7 +257,7 @@ def load(path: Path) -> dict:
 
 def learning_rate(args: Namespace, step: int) -> float:
     """Up in a line to the peak, then down to zero in another."""
-    warmup = min(100, args.steps // 10)
+    warmup = min(25, args.steps // 10)
     up = (step + 1) / (warmup + 1)
     down = (args.steps - step) / (args.steps - warmup)
     return args.lr * min(up, down)
@@ -299,12 +298,13 @@ def gather_rows(slots: Tensor) -> Tensor:
 def train(
     args: Namespace, config: Config, text: Text, device: torch.device, state: dict | None
 ) -> tuple[dict, float]:
-    """Train to the last step, or until SIGINT or SIGTERM, for which the step ends first. Returns
-    what the last checkpoint has, and how many tokens were read a second."""
+    """Train to the last step or a signal. Returns the last checkpoint, and tokens read a second."""
     if LAUNCHED:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)
     model = CompressiveTransformer(config).to(device)
+    for layer in model.layers:  # from the first step on, each head prefers distances of its own
+        nn.init.normal_(layer.attention.position_bias, std=3.0)
     optimizer = make_optimizer(model)
     rows = args.batch_size // WORLD_SIZE
     mine = range(RANK * rows, (RANK + 1) * rows)  # this process's rows of the batch

@@ -164,6 +164,16 @@ def test_some_parameters_have_a_higher_rate(text: Path, here):
     assert len(others["params"]) == len(state["model"]) - 4
 
 
+def test_heads_begin_with_distances_of_their_own(text: Path, here):
+    here("--data", text, *TINY, "--steps", 1, "--lr", 1e-9, "--out", "run")
+    weights = torch.load("run/checkpoint.pt", weights_only=True)["model"]
+    for layer in (0, 1):
+        u = weights[f"layers.{layer}.attention.content_bias"]
+        v = weights[f"layers.{layer}.attention.position_bias"]
+        assert u.abs().max() < 1e-6
+        assert 2 < v.std() < 4
+
+
 def test_the_rate_rises_in_a_line_and_falls_in_another():
     args = argparse.Namespace(lr=6.0, steps=30)
     rates = [trainer.learning_rate(args, step) for step in range(30)]

@@ -218,7 +218,7 @@ def test_what_is_no_checkpoint_is_refused_and_left_alone(four):
     ("options", "message"),
     [
         ("--lr 0.1", "lr cannot be given with --resume: the run has its settings"),
-        ("--steps 1080", "steps cannot be given with --resume"),  # the default, given
+        ("--steps 1000", "steps cannot be given with --resume"),  # the default, given
         ("--d-model 32", "d_model cannot be given with --resume"),
         ("--dtype bfloat16", "dtype cannot be given with --resume"),
         ("--norm-first", "norm_first cannot be given with --resume"),
