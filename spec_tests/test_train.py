@@ -183,7 +183,7 @@ def test_the_rate_rises_in_a_line_and_falls_in_another():
     assert falls == pytest.approx([6 / 27] * 26)
     args.steps = 1000
     rates = [trainer.learning_rate(args, step) for step in range(1000)]
-    assert rates.index(max(rates)) == 25  # the rise is a tenth of the steps, and no longer than that
+    assert rates.index(max(rates)) == 25  # a tenth of the steps, but no more
 
 
 @pytest.mark.parametrize(
