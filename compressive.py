@@ -17,7 +17,7 @@ In a training loop of your own:
         output = model(tokens, memory)
         memory = output.memory
         loss = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
-        (loss + output.compression_loss).backward()     # they share no parameter: no weight needed
+        (loss + output.compression_loss).backward()     # parameters apart, unless bptt: no weight
         for group in model.parameter_groups():          # apart, or either scales the other down
             nn.utils.clip_grad_norm_(group, 1.0)
         optimizer.step()
@@ -25,7 +25,8 @@ In a training loop of your own:
 
 Shapes, in the docstrings and at line ends:
     B  rows of the batch              T  tokens of the segment (the paper's n_s)
-    D  d_model, width of a slot       H  heads, each K = D / H wide
+    L  layers                         H  heads, each K = D / H wide
+    D  d_model, width of a slot       N  any number
     M  slots of memory held           C  slots of compressed memory held      S = C + M + T
     c  compression rate               n  slots newly compressed in this step, from c*n memories
 Slots are ordered oldest first, everywhere.
@@ -159,7 +160,7 @@ def relative_attention(
     q_position = scale * (q + position_bias[:, None, None])
     padded_r = F.pad(r, (0, 0, 0, 1))  # zeros: relative_shift's column of padding
     content = q_content @ k.mT  # AC in Transformer-XL's code, [H, B, T, S]
-    by_distance = torch.einsum("hbtk,hnk->hbtn", q_position, padded_r)  # [H, B, T, S + 1]
+    by_distance = torch.einsum("hbtk,hsk->hbts", q_position, padded_r)  # [H, B, T, S + 1]
     position = relative_shift(by_distance)  # BD
     scores = content.add_(position)  # in place, to save a tensor of this size
     weights = causal_softmax(scores)
@@ -271,7 +272,7 @@ class FasterAttention(RelativeMultiHeadAttention):
             by_distance = torch.einsum("hbtk,hks->hbts", q_position, w_r @ positions.mT)
         position = relative_shift(F.pad(by_distance, (0, 1)))
         q_slots = torch.einsum("hbtk,hkd->hbtd", q_content, w_k)  # (q + u) W_k
-        slots = torch.cat([past, x], dim=1)
+        slots = torch.cat([past, x], dim=1)  # one product, at the price of the past's gradient
         content = torch.einsum("hbtd,bsd->hbts", q_slots, slots)
         weights = self.dropout(causal_softmax(content + position))
         slots_read = torch.einsum("hbts,bsd->hbtd", weights, slots)
@@ -376,8 +377,9 @@ class MostUsedCompression(Compression):
         the queries that saw it: `weights [B, H, T, S] -> [B, slots]`."""
         T = weights.size(2)
         received = weights[..., -slots:].mean(dim=1).sum(dim=1)  # [B, slots]
-        seen_by = torch.arange(slots, 0, -1, device=weights.device)  # queries: T, ..., T, ..., 1
-        return received / seen_by.clamp(max=T)
+        not_older = torch.arange(slots, 0, -1, device=weights.device)  # slots, ..., 1
+        seen_by = not_older.clamp(max=T)  # queries: T, ..., T, ..., 1
+        return received / seen_by
 
 
 COMPRESSIONS = {
@@ -417,7 +419,7 @@ def update_memory(
     where autocast gives what is new another.
     """
     c = config.compression_rate
-    # The paper evicts before h joins; where memory is full and c divides T, the same slots leave.
+    # The paper evicts before h joins. The same slots leave, if mem is full, T <= M and c divides T.
     held = torch.cat([mem, h.to(mem.dtype)], dim=1)  # [B, M + T, D]
     if not config.bptt:  # no gradient goes to earlier steps, nor from the loss of f_c into h
         held = held.detach()
@@ -436,7 +438,7 @@ def update_memory(
         compressed = old  # [B, 0, D]
     next_mem = held[:, leaving:].clone()  # line 10; a view would keep alive all that left
     next_c_mem = c_mem[:, max(0, c_mem.size(1) - config.c_mem_len) :].clone()  # line 11
-    if not config.bptt:  # nor from later steps to f_c, through the slots that they read
+    if not config.bptt:  # no gradient comes from later steps to f_c, through the slots they read
         next_c_mem = next_c_mem.detach()
     return MemoryUpdate(next_mem, next_c_mem, old, compressed)
 
@@ -566,8 +568,8 @@ class CompressiveTransformerLayer(nn.Module):
 
 class CompressiveTransformer(nn.Module):
     """The language model: embedding, layers, (pre-norm) a last normalisation, and logits, which are
-    not tied to the embedding. Initialised as torch does. The memory is the caller's: `forward`
-    takes one and returns the next, changing nothing in place."""
+    not tied to the embedding. Initialised as torch does, u and v with zeros. The memory is the
+    caller's: `forward` takes one and returns the next, changing nothing in place."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -627,11 +629,11 @@ class CompressiveTransformer(nn.Module):
             h = output.h
             outputs.append(output)
         logits = self.logits(self.norm(h))
-        mem = tuple(output.mem for output in outputs)
-        c_mem = tuple(output.c_mem for output in outputs)
+        next_mem = tuple(output.mem for output in outputs)
+        next_c_mem = tuple(output.c_mem for output in outputs)
         losses = torch.stack([output.compression_loss for output in outputs])
         weights = tuple(output.attention_weights for output in outputs)
-        return Output(logits, Memory(mem, c_mem), losses.mean(), losses, weights)
+        return Output(logits, Memory(next_mem, next_c_mem), losses.mean(), losses, weights)
 
     @torch.no_grad()
     def generate(
@@ -686,7 +688,7 @@ def sample(
         raise ValueError("the logits are not finite: look at the model's weights")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    # Differences to the largest, over what float32 can divide by, so that nothing overflows.
+    # The largest becomes 0, so that nothing overflows; the bounds keep out 0 / 0 and inf / inf.
     logits = logits.float() - logits.amax(dim=-1, keepdim=True)
     logits = logits / min(max(float(temperature), 1e-30), 1e30)
     if top_k is None:

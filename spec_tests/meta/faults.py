@@ -36,7 +36,7 @@ LOSS = "return attention_reconstruction_loss(self.attention, x, old, compressed)
 QUERIES = "q = attention.heads(attention.query(h)).detach()"
 TARGET = "target = attend(q, attention.key_value(old)).detach()"
 CALLED = "F.linear(compressed, key_value.weight.detach())"
-MEAN = "Memory(mem, c_mem), losses.mean()"
+MEAN = "Memory(next_mem, next_c_mem), losses.mean()"
 LAYERS = "self.norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()"
 
 FAULTS = [
@@ -299,7 +299,7 @@ FAULTS = [
     fault(
         "MEM-5",
         "usage is not shared out",
-        "return received / seen_by.clamp(max=T)",
+        "return received / seen_by",
         "return received",
     ),
     fault(
@@ -464,8 +464,8 @@ FAULTS = [
     fault(
         "LOSS-2",
         "back-propagation through time never",
-        "if not config.bptt:  # nor",
-        "if True:  # nor",
+        "if not config.bptt:  # no gradient comes",
+        "if True:  # no gradient comes",
     ),
     fault(
         "LOSS-2",
