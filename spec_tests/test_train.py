@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -38,6 +39,7 @@ FILES = ["checkpoint.pt", "metrics.jsonl", "run.png", "sample.txt"]
 if find_spec("matplotlib") is None:
     FILES.remove("run.png")
 TEXT = b"In the beginning was the word, and the word was long. " * 40
+HELD_OUT = TEXT[-len(TEXT) // 10 - 1 :]  # and the byte before
 
 
 def run(*options: object, cwd: Path, command: tuple = (sys.executable, TRAIN)):
@@ -149,7 +151,7 @@ def test_a_run_shows_progress_and_leaves_metrics_and_a_checkpoint(text: Path, he
     assert sorted(path.name for path in Path("run").iterdir()) == FILES
     written = Path("run/sample.txt").read_text()
     assert written in result.stdout and written.startswith("--- prompt")
-    assert held_out_bpc(model, segment=32) == pytest.approx(float(summary[1]), abs=1e-4)
+    assert held_out_bpc(model, HELD_OUT, 8) == pytest.approx(float(summary[1]), abs=1e-4)
     assert here("--resume", "run", "--eval-only").stdout == f"val_bpc={summary[1]}\n"
 
 
@@ -186,24 +188,6 @@ def test_the_rate_rises_in_a_line_and_falls_in_another():
     assert rates.index(max(rates)) == 25  # a tenth of the steps, but no more
 
 
-@pytest.mark.parametrize(
-    ("mem_len", "segment", "expected"), [(40, 8, 40), (8, 48, 48), (8, 16, 32)]
-)
-def test_held_out_text_is_read_in_segments_as_long_as_memory_and_no_short_ones(
-    text: Path, here, monkeypatch, mem_len: int, segment: int, expected: int
-):
-    lengths = []
-
-    def evaluate(model: object, text: object, length: int) -> float:
-        lengths.append(length)
-        return 1.0
-
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
-    options = ["--mem-len", mem_len, "--segment", segment, "--steps", 2, "--out", "run"]
-    assert here("--data", text, *TINY, *options).returncode == 0
-    assert lengths == [expected]
-
-
 def test_what_is_left_is_told_by_the_speed(tmp_path: Path, capsys):
     """6 steps of 2 x 8 tokens, at 4 a second."""
     args = argparse.Namespace(out=tmp_path, steps=10, batch_size=2, segment=8, lr=1.0)
@@ -211,20 +195,33 @@ def test_what_is_left_is_told_by_the_speed(tmp_path: Path, capsys):
     assert capsys.readouterr().out.endswith("  4 tokens/s  24 s left\n")
 
 
-def held_out_bpc(model: torch.nn.Module, segment: int) -> float:
-    """Bits per character of the last tenth of TEXT."""
-    length = len(TEXT) // 10
-    held_out = torch.tensor(list(TEXT[-length - 1 :]))[None]
-    nats = 0.0
-    memory = None
+def held_out_bpc(model: torch.nn.Module, held_out: bytes, segment: int) -> float:
+    """Bits per character of a text, but for its first byte, in eight rows, one after the other."""
+    length = max(1, (len(held_out) - 1) // 8)
+    nats = []
     with torch.no_grad():
-        for at in range(0, length, segment):
-            part = held_out[:, at : at + segment + 1]
-            output = model(part[:, :-1], memory)
-            memory = output.memory
-            loss = torch.nn.functional.cross_entropy(output.logits[0], part[0, 1:], reduction="sum")
-            nats += loss.item()
-    return nats / math.log(2) / length
+        for row in range(0, len(held_out) - length, length):
+            memory = None
+            for start in range(row, row + length, segment):
+                end = min(start + segment, row + length)
+                tokens = torch.tensor([list(held_out[start : end + 1])])
+                output = model(tokens[:, :-1], memory)
+                memory = output.memory
+                chances = output.logits[0].log_softmax(dim=-1)
+                nats += [-chances[i, token].item() for i, token in enumerate(tokens[0, 1:])]
+    return sum(nats) / len(nats) / math.log(2)
+
+
+@pytest.mark.parametrize("length", [2, 7, 8, 15, 63, 200])
+def test_held_out_text_is_read_in_eight_rows_each_with_its_own_memory(length: int):
+    """Or in more, if it is very short."""
+    data = random.Random(0).randbytes(10 * length)
+    text = trainer.Text(io.BytesIO(data), "some")
+    torch.manual_seed(0)
+    model = api.CompressiveTransformer(api.Config(d_model=16, n_layers=2, mem_len=6, c_mem_len=2))
+    expected = held_out_bpc(model, data[9 * length - 1 :], segment=4)
+    with torch.no_grad():
+        assert trainer.evaluate(model, text, 4) == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_step_is_recorded_and_the_mean_since_the_last_line_shown(
