@@ -17,7 +17,7 @@ In a training loop of your own:
         output = model(tokens, memory)
         memory = output.memory
         loss = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
-        (loss + output.compression_loss).backward()     # parameters apart, unless bptt: no weight
+        (loss + output.compression_loss).backward()     # share no parameter but in bptt: no weight
         for group in model.parameter_groups():          # apart, or either scales the other down
             nn.utils.clip_grad_norm_(group, 1.0)
         optimizer.step()
@@ -272,7 +272,7 @@ class FasterAttention(RelativeMultiHeadAttention):
             by_distance = torch.einsum("hbtk,hks->hbts", q_position, w_r @ positions.mT)
         position = relative_shift(F.pad(by_distance, (0, 1)))
         q_slots = torch.einsum("hbtk,hkd->hbtd", q_content, w_k)  # (q + u) W_k
-        slots = torch.cat([past, x], dim=1)  # one product, at the price of the past's gradient
+        slots = torch.cat([past, x], dim=1)  # for one product; the past's gradient is computed, too
         content = torch.einsum("hbtd,bsd->hbts", q_slots, slots)
         weights = self.dropout(causal_softmax(content + position))
         slots_read = torch.einsum("hbts,bsd->hbtd", weights, slots)
@@ -688,7 +688,7 @@ def sample(
         raise ValueError("the logits are not finite: look at the model's weights")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    # The largest becomes 0, so that nothing overflows; the bounds keep out 0 / 0 and inf / inf.
+    # The largest becomes 0 and others -inf at worst; the bounds keep out 0 / 0 and inf / inf.
     logits = logits.float() - logits.amax(dim=-1, keepdim=True)
     logits = logits / min(max(float(temperature), 1e-30), 1e30)
     if top_k is None:

@@ -63,9 +63,8 @@ def printable(text: object, keep: str = "") -> str:
 
 # All of Config's but vocab_size (a byte has 256 values) and bptt (a step is one segment).
 MODEL_SETTINGS = [x for x in fields(Config) if x.name not in ("vocab_size", "bptt")]
-ACTIONS = ["out", "resume", "eval_only", "sample", "prompt"]  # all other options are settings
-WITH_RESUME = ["data", "device", "compile", "save_every", "sample_bytes"]
-WITH_RESUME += ["eval_mem_len", "eval_c_mem_len"]
+ACTIONS = "out resume eval_only sample prompt".split()  # all other options are settings
+WITH_RESUME = "data device compile save_every sample_bytes eval_mem_len eval_c_mem_len".split()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -151,8 +150,8 @@ def make_configs(args: Namespace) -> tuple[Config, Config]:
 def find_device(name: str) -> torch.device:
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if name == "cuda":
-        name = f"cuda:{dist.get_node_local_rank(fallback_rank=0)}"
+    if name == "cuda" and LAUNCHED:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name).item()  # the meta device has no numbers
     except Exception as error:  # torch raises many kinds
@@ -456,7 +455,7 @@ def report(args: Namespace, end: int, means: Tensor, speed: float) -> None:
 
 
 def evaluate(model: CompressiveTransformer, text: Text, segment: int) -> float:
-    """Bits per character of the held-out text, in eight rows, each a stream with its own memory."""
+    """Bits per character of the held-out text, in eight rows (all but up to seven last bytes)."""
     held_out = to_tokens([text.read(text.split - 1, text.length)], model.logits.weight.device)[0]
     row_length = max(1, (len(held_out) - 1) // 8)
     rows = held_out.unfold(0, row_length + 1, row_length)  # each ends with the next one's first
@@ -466,7 +465,8 @@ def evaluate(model: CompressiveTransformer, text: Text, segment: int) -> float:
         tokens = rows[:, start : start + segment + 1]
         output = model(tokens[:, :-1], memory, need_loss=False)
         memory = output.memory
-        nats += F.cross_entropy(output.logits.mT.float(), tokens[:, 1:], reduction="sum")
+        logits = output.logits.flatten(0, 1).float()
+        nats += F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
     return float(nats) * BITS / (len(rows) * row_length)
 
 

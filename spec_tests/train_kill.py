@@ -74,10 +74,10 @@ def finish(pid: int, folder: Path) -> str:
 
 
 def result(run: Path) -> tuple[dict, list[dict]]:
-    """The checkpoint and the metrics of a run, without the times of day."""
+    """The checkpoint and the metrics of a run."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return state, [{k: v for k, v in x.items() if k != "time"} for x in records]
+    return state, records
 
 
 def same(a: object, b: object) -> bool:
